@@ -1,0 +1,104 @@
+"""model.onnx -> canonical model: one spelling for every layer, the outputs unchanged.
+
+Each pass is a function `graph -> PassReport` in a file of its own, with its algebra in the docstring.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+
+import onnx
+import onnx_graphsurgeon as gs
+
+from onnxcrp.canonize.activations import fuse_activations
+from onnxcrp.canonize.batch import free_batch as free
+from onnxcrp.canonize.batchnorm import fold_batchnorm
+from onnxcrp.canonize.constants import fold_constants
+from onnxcrp.canonize.linear import normalize_linear
+from onnxcrp.canonize.load import SCOPE
+from onnxcrp.canonize.load import load as read
+from onnxcrp.canonize.pads import explicit_pads
+from onnxcrp.canonize.quantize import keep_quantization
+from onnxcrp.canonize.report import PassReport
+from onnxcrp.canonize.shapes import infer_shapes
+from onnxcrp.canonize.write import write as to_model
+
+__all__ = ["Canonical", "PassReport", "canonize"]
+
+
+@dataclass
+class Canonical:
+    """A model in canonical form, and what is known of where it came from."""
+
+    graph: gs.Graph
+    reports: list[PassReport]
+    sha256: str  # of the source model: the bytes of its file and of its external data, or of the serialized protobuf
+    source_opset: int
+    source_ir: int
+    batch: str  # "dynamic" | "freed" | "fixed": samples must run one by one
+    scopes: dict[str, str] = field(default_factory=dict)  # node name -> "layer1.0.conv1", where the exporter tells
+    weights: dict[str, str] = field(default_factory=dict)  # node name -> "layer1.0.conv1.weight", where it has a name
+    sources: dict[str, str] = field(default_factory=dict)  # node name -> op type in the file, where that is another
+    metadata: dict[str, str] = field(default_factory=dict)  # metadata_props of the source
+
+    def to_onnx(self) -> onnx.ModelProto:
+        """The canonical model in standard operators, opset >= 18, IR version 10."""
+        model = to_model(self.graph)
+        onnx.helper.set_model_props(model, self.metadata)
+        for node in model.graph.node:
+            if node.name in self.scopes:
+                node.metadata_props.add(key=SCOPE, value=self.scopes[node.name])
+        return model
+
+
+def canonize(model: str | os.PathLike | onnx.ModelProto, *, free_batch: bool = True) -> Canonical:
+    """Bring a model (a path or ModelProto, which is left as it is) into canonical form; errors: ModelError.
+
+    `free_batch`: a batch that was exported as 1 is made symbolic where two samples together then give what each
+    gives alone.
+    """
+    source = read(model)
+    graph = source.graph
+    reports = [source.report]
+    infer_shapes(graph)
+    reports.append(fold_constants(graph, batch_unknown=free_batch))
+    infer_shapes(graph)
+    if free_batch:
+        report, batch = free(graph)
+        reports.append(report)
+        infer_shapes(graph, forget=batch == "freed")
+        reports.append(fold_constants(graph))
+    else:
+        batch = "dynamic" if _is_dynamic(graph) else "fixed"
+    reports.append(fuse_activations(graph))
+    reports += [step(graph) for step in (normalize_linear, explicit_pads, fold_batchnorm, keep_quantization)]
+    infer_shapes(graph)
+    names = {node.name for node in graph.nodes}
+    return Canonical(
+        graph=graph,
+        reports=_merged(reports),
+        sha256=source.sha256,
+        source_opset=source.opset,
+        source_ir=source.ir,
+        batch=batch,
+        scopes={name: scope for name, scope in source.scopes.items() if name in names},
+        weights={name: weight for name, weight in source.weights.items() if name in names},
+        sources={n.name: source.ops[n.name] for n in graph.nodes if source.ops.get(n.name, n.op) != n.op},
+        metadata=source.metadata,
+    )
+
+
+def _is_dynamic(graph: gs.Graph) -> bool:
+    """Whether axis 0 of some input is not a number."""
+    return any(tensor.shape is None or not isinstance((*tensor.shape, 1)[0], int) for tensor in graph.inputs)
+
+
+def _merged(reports: list[PassReport]) -> list[PassReport]:
+    """One report for each pass, though it may have run twice."""
+    merged: dict[str, PassReport] = {}
+    for report in reports:
+        into = merged.setdefault(report.name, PassReport(report.name))
+        into.done += report.done
+        into.declined += [line for line in report.declined if line not in into.declined]
+    return list(merged.values())
