@@ -1,0 +1,658 @@
+"""The walk: canonical model + composite -> relevance model.
+
+Relevance starts at the explained output and goes back node by node in reverse order. The walk does once what every
+op would otherwise repeat: it sums what arrives at a tensor, records and masks it, sums broadcast axes back (never the
+batch axis), and names every node it writes after the forward node and the rule.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+from onnxcrp.composite import Composite, load
+from onnxcrp.errors import CompositeError, QuestionError, UnsupportedError
+from onnxcrp.facts import Facts, dims
+from onnxcrp.graph import Graph, Value, positive
+from onnxcrp.lrp import RULES, Layer
+from onnxcrp.ops import OPS, Node, Parts
+
+REDUCTIONS = ("sum", "max", "argmax")
+
+# Rules whose result is a product with the layer's input: R_i = 0 wherever a_i = 0.
+_PRODUCTS = frozenset({"zero", "epsilon", "zplus", "alpha_beta", "gamma", "norm"})
+_KEEPS_ZEROS = frozenset({"winner", "rearrangement"})
+
+
+def compile(
+    model: Any,
+    composite: str | os.PathLike[str] | Composite = "epsilon_plus_flat",
+    *,
+    conditions: Sequence[str] = (),
+    record: Sequence[str] = (),
+    start: Sequence[str] = (),
+    start_from: str = "activation",
+    bypass: str = "cut",
+    output: str | None = None,
+    inputs: Sequence[str] | None = None,
+    reduce: Sequence[str] = (),
+    activations: Sequence[str] = (),
+    keep_head: bool = False,
+    masks: str = "optional",
+    flip_convolutions: bool = True,
+    opset: int | None = None,
+    ir_version: int = 10,
+) -> onnx.ModelProto:
+    """Write the relevance model of `model` (a path, ModelProto or Canonical): one ONNX model, standard operators only.
+
+    Inputs: the model's own; `target` [., *explained[1:]], the seed being target * explained or target alone, as the
+    composite says; `mask.<layer>` for each of `conditions`, ones unless fed; `seed.<layer>` for each of `start`, zeros
+    unless fed (no target then; multiplied by the layer's activation if `start_from` is "activation").
+    Outputs: the model's own; `explained`; `relevance.<input>` for `inputs` (None: all that relevance reaches); for each
+    of `record` `relevance.<layer>` before the mask, or with `reduce` (of sum, max, argmax) one number per concept; for
+    each of `activations` `activation.<layer>`. Relevance has batch 1 or N: the larger of target, masks and samples.
+
+    `bypass="cut"`: only relevance that passes through every conditioned layer goes on; `"keep"`: masks alone apply.
+    Errors: ModelError, UnsupportedError (all operators at once), CompositeError, QuestionError.
+    """
+    from onnxcrp.canonize import Canonical, canonize
+
+    canonical = model if isinstance(model, Canonical) else canonize(model)
+    _check_choice("bypass", bypass, ("cut", "keep"))
+    _check_choice("start_from", start_from, ("activation", "one"))
+    _check_choice("masks", masks, ("optional", "required"))
+    for how in reduce:
+        _check_choice("reduce", how, REDUCTIONS)
+    facts = Facts(canonical, output=output, inputs=inputs, keep_head=keep_head)
+    writer = _Writer(
+        facts,
+        load(composite),
+        bypass=bypass,
+        start_from=start_from,
+        flip_convolutions=flip_convolutions,
+        opset=max(opset or 0, 18, _opset(canonical.graph)),
+    )
+    writer.walk(
+        [writer.resolve(name) for name in conditions],
+        [writer.resolve(name) for name in record],
+        [writer.resolve(name) for name in start],
+    )
+    return writer.finish(
+        activations=[writer.resolve(name) for name in activations],
+        reduce=reduce,
+        required_masks=masks == "required",
+        ir_version=ir_version,
+    )
+
+
+def _check_choice(what: str, given: str, choices: Sequence[str]) -> None:
+    if given not in choices:
+        raise QuestionError(f"{what} is {given!r}", hint=f"one of {', '.join(choices)}")
+
+
+def _opset(graph: gs.Graph) -> int:
+    return int(graph.opset)
+
+
+def assign(facts: Facts, composite: Composite, nodes: Iterable[gs.Node]) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Node name -> (rule, parameters), `rearrangement` where no composite has a say.
+
+    Errors: UnsupportedError naming all operators without a transpose; CompositeError naming all nodes no line fits.
+    """
+    nodes = list(nodes)
+    unknown = [node for node in nodes if node.op not in OPS]
+    if unknown:
+        listed = ", ".join(f"{node.op} ({facts.names.of(node)})" for node in unknown[:12])
+        more = f" and {len(unknown) - 12} more" if len(unknown) > 12 else ""
+        raise UnsupportedError(
+            f"{len(unknown)} operators have no transpose: {listed}{more}",
+            hint="`onnxcrp inspect` lists what is supported; choose an output below them, or ask for the operator",
+        )
+    rules: dict[str, tuple[str, dict[str, Any]]] = {}
+    unmatched = []
+    for node in nodes:
+        family = facts.family(node)
+        if family == "rearrangement":
+            rules[node.name] = ("rearrangement", {})
+            continue
+        found = composite.rule_for(
+            op=node.op,
+            # what a fused activation was spelled with in the file is no name for it; a Gemm or MatMul is
+            source_op=facts.canonical.sources.get(node.name, node.op) if family == "dense" else node.op,
+            family=family,
+            names=facts.names.all_of(node),
+            depth=facts.depth[node.name],
+        )
+        if found is None:
+            unmatched.append(node)
+        elif found[0] != "gradient" and facts.is_preprocessing(node):
+            rules[node.name] = ("pass", found[1] | {"preprocessing": True})
+        else:
+            rules[node.name] = found
+    if unmatched:
+        listed = ", ".join(f"{facts.names.of(node)} ({node.op}, {facts.family(node)})" for node in unmatched[:12])
+        raise CompositeError(
+            f"composite {composite.name} has no rule for {listed}",
+            hint=f'add a [[layer]] with op = "{unmatched[0].op}" and a rule',
+        )
+    return rules
+
+
+class _Writer:
+    """Writes one relevance model."""
+
+    def __init__(
+        self, facts: Facts, composite: Composite, *, bypass: str, start_from: str, flip_convolutions: bool, opset: int
+    ) -> None:
+        from onnxcrp.canonize.lower import lower
+
+        self.facts = facts
+        self.composite = composite
+        self.bypass = bypass
+        self.start_from = start_from
+        forward = lower(facts.graph)
+        self.forward_nodes = list(forward.nodes)
+        # Tensors keep their names when a node is lowered: the backward pass refers to the lowered graph's.
+        self.tensor = {t.name: t for node in forward.nodes for t in [*node.inputs, *node.outputs] if not t.is_empty()}
+        self.tensor.update((t.name, t) for t in forward.inputs)
+        self.forward = forward
+        self.op = Graph(
+            opset=opset, nodes=self.forward_nodes, taken=list(self.tensor), flip_convolutions=flip_convolutions
+        )
+        self.rules: dict[str, tuple[str, dict[str, Any]]] = {}
+        self.relevance: dict[str, Value] = {}  # tensor name -> R, of inputs and recorded layers
+        self.messages: dict[str, list[Value]] = {}
+        self.vanishing: dict[str, bool] = {}  # tensor name -> R is 0 wherever the tensor is
+        self.added: dict[str, gs.Tensor] = {}  # inputs of the relevance model
+        self.mask_of: dict[str, str] = {}
+        self.seed_of: dict[str, str] = {}
+        self.target: str | None = None
+        self.conditioned: list[str] = []
+        self.recorded: list[str] = []
+        self.started: list[str] = []
+        self.cut: list[str] = []
+
+    # ---- names -------------------------------------------------------------------------------------------------
+    def resolve(self, name: str) -> str:
+        """Tensor of a layer as a user names it; errors: QuestionError if relevance does not come by."""
+        node = self.facts.names.resolve(name)
+        tensor = node.outputs[0].name
+        if tensor not in self.facts.between([self.facts.explained], None):
+            raise QuestionError(
+                f"layer {name!r} does not lie between the inputs and {self.facts.explained}",
+                hint="it comes after the explained output, or belongs to another one",
+            )
+        return tensor
+
+    def layer_name(self, tensor: str) -> str:
+        """The name of the layer whose output this is."""
+        return self.facts.names.of(self.facts.producer[tensor])
+
+    def _free(self, name: str) -> str:
+        """A legal name for an input or output of the relevance model: see names.safe_name."""
+        from onnxcrp.names import safe_name
+
+        name = safe_name(name, self._io, self._model_names)
+        self._io.add(name)
+        return name
+
+    # ---- the walk ----------------------------------------------------------------------------------------------
+    def walk(self, conditions: Sequence[str], record: Sequence[str], start: Sequence[str]) -> None:
+        """Send relevance from the explained output (or from `start`) to the inputs, all given as tensor names."""
+        facts = self.facts
+        position = {name: facts.order[facts.producer[name].name] for name in {*conditions, *record, *start}}
+        self.conditioned = sorted(set(conditions), key=position.__getitem__)
+        self.recorded = sorted(set(record), key=position.__getitem__)
+        self.started = sorted(set(start), key=position.__getitem__)
+        self._name_interface()
+        tops = self._seed()
+        wanted = [*facts.inputs, *self.recorded, *self.conditioned]
+        self._check_reachable(tops)
+        reach = facts.between(tops, wanted)
+        inner = [n for n in facts.nodes if any(t.name in reach for t in n.outputs) and self._inside(n, reach)]
+        self.rules = assign(facts, self.composite, inner)
+        if self.bypass == "keep" or not self.conditioned:
+            self._segment(tops, wanted)
+        else:
+            self._segments(tops)
+        for name in [*facts.inputs, *self.recorded]:
+            if name not in self.relevance:
+                self.relevance[name] = self.op.zero
+
+    def _inside(self, node: gs.Node, reach: set[str]) -> bool:
+        return any(node.inputs[i].name in reach for i in self.facts.carries(node))
+
+    def _seed(self) -> list[str]:
+        """Put relevance where the walk begins and return those tensors."""
+        op, facts = self.op, self.facts
+        if not self.started:
+            explained = self._float(facts.explained)
+            target = self._add_input(self.target or "target", dims(facts.tensors[facts.explained]))
+            with op.scope("R", "seed"):
+                how = self.composite.seed
+                R = target if how == "one" else target * (op.Abs(explained) if how == "abs" else explained)
+            self.messages[facts.explained] = [R]
+            self.vanishing[facts.explained] = how != "one"
+            return [facts.explained]
+        for tensor in self.started:
+            seed = self._add_input(self.seed_of[tensor], dims(facts.tensors[tensor]), default=0.0)
+            if self.start_from == "activation":
+                with op.scope("R", "seed", self.layer_name(tensor)):
+                    z = self._float(tensor)
+                    readers = facts.readers.get(tensor, [])
+                    only_relu = bool(readers) and all(reader.op == "Relu" for reader in readers)
+                    seed = seed * (positive(z) if only_relu else z)
+                self.vanishing[tensor] = True
+            else:
+                self.vanishing[tensor] = False
+            self.messages.setdefault(tensor, []).append(seed)
+        return list(self.started)
+
+    def _check_reachable(self, tops: list[str]) -> None:
+        below = self.facts.between(tops, None)
+        for name in [*self.recorded, *self.conditioned]:
+            if name not in below:
+                raise QuestionError(
+                    f"no relevance comes to {self.layer_name(name)}: it does not lie below {self.layer_name(tops[0])}"
+                )
+
+    def _segments(self, tops: list[str]) -> None:
+        """bypass="cut": from each conditioned layer to the one before it, and nothing goes round."""
+        facts = self.facts
+        order = list(reversed(self.conditioned))
+        pending = set(self.recorded) - set(order)
+        for i, lower in enumerate([*order, None]):
+            here = facts.between(tops, None) if lower is None else facts.between(tops, [lower])
+            if lower is not None and lower not in here:
+                raise QuestionError(
+                    f"no path leads from {self.layer_name(lower)} to {self.layer_name(tops[0])}: "
+                    "together they keep nothing",
+                    hint='condition one of them, or use bypass="keep"',
+                )
+            below = facts.between(tops, None)
+            further = facts.between([lower], None) if lower is not None else set()
+            # a recorded layer beside the next conditioned one would get only what is about to be cut off
+            mine = [name for name in pending if name in below and name not in further]
+            beside = [name for name in mine if i < len(order) and not self._leads_to(lower, name)]
+            if beside:
+                raise QuestionError(
+                    f"{self.layer_name(beside[0])} lies on no path through {self.layer_name(str(lower))}: "
+                    "its relevance is cut off",
+                    hint='use bypass="keep", or do not record it',
+                )
+            pending -= set(mine)
+            wanted = [*mine, lower] if lower is not None else [*mine, *facts.inputs]
+            self._segment(tops, wanted)
+            if lower is not None:
+                dropped = [n for n in self.messages if n not in (lower, *tops)]
+                for name in dropped:
+                    del self.messages[name]
+                tops = [lower]
+        if pending:
+            raise QuestionError(
+                f"{self.layer_name(min(pending))} lies on no path through {self.layer_name(order[-1])}: "
+                "its relevance is cut off",
+                hint='use bypass="keep", or do not record it',
+            )
+        self.cut = [self.layer_name(name) for name in self.conditioned]
+
+    def _leads_to(self, lower: str | None, upper: str) -> bool:
+        return lower is None or lower in self.facts.between([upper], None)
+
+    def _segment(self, tops: Sequence[str], wanted: Sequence[str]) -> None:
+        """Walk all nodes between `wanted` and `tops`, latest first; `self.messages` holds what arrived at the tops."""
+        facts = self.facts
+        reach = facts.between(tops, wanted)
+        for node in reversed(facts.nodes):
+            outputs = [t.name for t in node.outputs if t.name in reach and t.name in self.messages]
+            if not outputs or not self._inside(node, reach):
+                for name in outputs:
+                    self._arrive(name)
+                continue
+            arrived = {name: self._arrive(name) for name in outputs}
+            if all(R.is_zero for R in arrived.values()):
+                continue
+            self._through(node, arrived, reach)
+        for name in wanted:
+            if name in self.messages and name in facts.inputs and name not in self.relevance:
+                self.relevance[name] = self.op.sum(self.messages[name])
+
+    def _arrive(self, name: str) -> Value:
+        """The relevance of a tensor: what arrived, recorded, then masked. Asked twice, it is not masked twice."""
+        if name in self.relevance and name not in self.mask_of:
+            return self.relevance[name]
+        if name in self._masked:
+            return self._masked[name]
+        with self.op.scope("R", self.layer_name(name) if name in self.facts.producer else name):
+            R = self.op.sum(self.messages[name])
+            if name in self.recorded:
+                self.relevance[name] = R
+            if name in self.mask_of:
+                mask = self._add_input(self.mask_of[name], dims(self.facts.tensors[name]), default=1.0)
+                R = R * mask
+                self._masked[name] = R
+        self.messages[name] = [R]
+        return R
+
+    def _through(self, node: gs.Node, arrived: dict[str, Value], reach: set[str]) -> None:
+        """One node: its rule turns the relevance of its output into that of its inputs."""
+        op, facts = self.op, self.facts
+        rule, parameters = self.rules[node.name]
+        data = facts.carries(node)
+        name = facts.names.of(node)
+        view = _View(self, node, data, name)
+        with op.scope("R", name, rule):
+            if len(node.outputs) > 1 and OPS[node.op].family_of(node) == "rearrangement":
+                R: Any = [arrived.get(t.name, op.zero) for t in node.outputs]
+            else:
+                R = next(iter(arrived.values()))
+            if rule == "rearrangement":
+                back = OPS[node.op].transpose(op, view, R)
+            else:
+                parameters = dict(parameters)
+                preprocessing = parameters.pop("preprocessing", False)
+                layer = Layer(op, view, stabilizer=parameters.pop("stabilizer"), bias=parameters.pop("bias"))
+                layer.vanishes = self._vanishes(node)
+                if rule == "zbox":
+                    layer.bounds = facts.bounds(node)
+                back = R if preprocessing else RULES[rule](layer, R, **parameters)
+            parts = back if isinstance(back, Parts) else [back]
+            if len(parts) != len(data):
+                raise UnsupportedError(f"{node.name} ({node.op}): {len(data)} data inputs, {len(parts)} messages")
+            for i, part in zip(data, parts, strict=True):
+                source = node.inputs[i]
+                if part.is_zero or source.name not in reach:
+                    continue
+                part = self._unbroadcast(node, part, source)
+                self.messages.setdefault(source.name, []).append(part)
+                zeros = rule in _PRODUCTS or (self._passes_zeros(node, rule) and self._vanishing_of(node))
+                self.vanishing[source.name] = self.vanishing.get(source.name, True) and zeros
+
+    # ---- what is zero ------------------------------------------------------------------------------------------
+    def _vanishing_of(self, node: gs.Node) -> bool:
+        return all(self.vanishing.get(t.name, True) for t in node.outputs)
+
+    @staticmethod
+    def _passes_zeros(node: gs.Node, rule: str) -> bool:
+        """Whether R = 0 where the output is 0 implies the same at the input."""
+        if rule in _KEEPS_ZEROS:
+            return node.op not in ("Resize", "Tile", "Pad")
+        return rule == "pass" and node.op in ("Relu", "Mul", "Div", "Neg", "Cast", "LeakyRelu")
+
+    def _vanishes(self, node: gs.Node) -> bool:
+        """R = 0 wherever z <= 0: z is never negative, or goes only into ReLUs, whose relevance is 0 where they are."""
+        name = node.outputs[0].name
+        if not self.vanishing.get(name, False):
+            return False
+        if name in self.facts.nonnegative:
+            return True
+        readers = self.facts.readers.get(name, [])
+        if name not in self.started:  # a seed of max(z, 0) is 0 there by itself
+            readers = [r for r in readers if r.name in self.rules]
+        return bool(readers) and all(r.op == "Relu" and self.rules.get(r.name, ("pass",))[0] == "pass" for r in readers)
+
+    # ---- small things ------------------------------------------------------------------------------------------
+    def _float(self, name: str) -> Value:
+        tensor = self.tensor[name]
+        value = self.op.value(tensor, nonnegative=name in self.facts.nonnegative)
+        if self.facts.tensors[name].dtype is not None and np.dtype(self.facts.tensors[name].dtype) != self.op.dtype:
+            value = self.op.float(value)
+        return value
+
+    def _unbroadcast(self, node: gs.Node, R: Value, source: gs.Tensor) -> Value:
+        """Sums the axes along which the node expanded this input; never the batch."""
+        if OPS[node.op].family_of(node) == "rearrangement" and node.op != "Expand":
+            return R
+        if node.op not in ("Add", "Sub", "Sum", "Mean", "Mul", "Div", "Pow", "PRelu", "Expand"):
+            return R
+        wide, narrow = dims(node.outputs[0]), dims(source)
+        if len(narrow) < len(wide):
+            raise UnsupportedError(
+                f"{node.name} ({node.op}): {source.name} of rank {len(narrow)} is broadcast to rank {len(wide)}, "
+                "batch axis included",
+                hint="give it the rank of its partner",
+            )
+        axes = [i for i in range(1, len(wide)) if narrow[i] == 1 and wide[i] != 1]
+        return self.op.ReduceSum(R, axes, keepdims=1) if axes else R
+
+    def _add_input(self, name: str, shape: Sequence[Any], *, default: float | None = None) -> Value:
+        """An input of the relevance model; with a default an initializer that callers may override."""
+        if name not in self.added:
+            if default is None:
+                tensor: gs.Tensor = gs.Variable(name, np.float32, [None] * len(shape))
+            else:
+                tensor = gs.Constant(name, np.full([1] * len(shape), default, np.float32))
+            self.added[name] = tensor
+            self._inputs[name] = Value(self.op, tensor)
+            self._defaults[name] = default
+            self._ranks[name] = len(shape)
+        return self._inputs[name]
+
+    def _name_interface(self) -> None:
+        """Choose the names of all inputs the relevance model will have, in execution order."""
+        self._io: set[str] = set()
+        self._model_names = set(self.tensor)
+        self._inputs: dict[str, Value] = {}
+        self._defaults: dict[str, float | None] = {}
+        self._ranks: dict[str, int] = {}
+        self._masked: dict[str, Value] = {}
+        if not self.started:
+            self.target = self._free("target")
+        for tensor in self.conditioned:
+            self.mask_of[tensor] = self._free(f"mask.{self.layer_name(tensor)}")
+        for tensor in self.started:
+            self.seed_of[tensor] = self._free(f"seed.{self.layer_name(tensor)}")
+        # declared even where no relevance arrives, so that the interface does not depend on what vanished
+        for names, default in ((self.mask_of, 1.0), (self.seed_of, 0.0)):
+            for tensor, name in names.items():
+                self._add_input(name, dims(self.facts.tensors[tensor]), default=default)
+
+    # ---- the file ----------------------------------------------------------------------------------------------
+    def finish(
+        self, *, activations: Sequence[str], reduce: Sequence[str], required_masks: bool, ir_version: int
+    ) -> onnx.ModelProto:
+        """Outputs, metadata, checks: the ModelProto."""
+        facts = self.facts
+        outputs: dict[str, tuple[Value, int, int]] = {}  # name -> value, rank, element type
+        names: dict[str, dict[str, Any]] = {
+            "inputs": {},
+            "relevance": {},
+            "activation": {},
+            "reduced": {},
+            "masks": {self.layer_name(t): n for t, n in self.mask_of.items()},
+            "seeds": {self.layer_name(t): n for t, n in self.seed_of.items()},
+        }
+
+        def put(name: str, value: Value, rank: int, kind: int = onnx.TensorProto.FLOAT) -> str:
+            name = self._free(name)
+            outputs[name] = (value, rank, kind)
+            return name
+
+        explained = put("explained", self._float(facts.explained), len(dims(facts.tensors[facts.explained])))
+        for tensor in facts.inputs:
+            R = self._never_zero(self.relevance[tensor], tensor)
+            names["inputs"][tensor] = put(f"relevance.{tensor}", R, len(dims(facts.tensors[tensor])))
+        for kind, tensors in (("relevance", self.recorded), ("activation", activations)):
+            for tensor in tensors:
+                layer, rank = self.layer_name(tensor), len(dims(facts.tensors[tensor]))
+                value = self._float(tensor)
+                if kind == "relevance":
+                    value = self._never_zero(self.relevance[tensor], tensor)
+                if not reduce:
+                    names[kind][layer] = put(f"{kind}.{layer}", value, rank)
+                    continue
+                reduced = names["reduced"].setdefault(layer, {})
+                for how in reduce:
+                    number = self._reduced(value, how, rank, layer)
+                    as_type = onnx.TensorProto.INT64 if how == "argmax" else onnx.TensorProto.FLOAT
+                    reduced[f"{kind}.{how}"] = put(f"{kind}.{layer}.{how}", number, 2, as_type)
+        return self._assemble(outputs, names, explained, required_masks, ir_version)
+
+    def _never_zero(self, R: Value, tensor: str) -> Value:
+        """A symbolic zero that is an output after all: zeros of the tensor's shape."""
+        if not R.is_zero:
+            return R
+        with self.op.scope("R", "zero"):
+            return self.op.Mul(self._float(tensor), 0.0)
+
+    def _reduced(self, value: Value, how: str, rank: int, layer: str) -> Value:
+        """Sum, maximum or position of the maximum over all axes but the batch and the concepts': [N, C]."""
+        op = self.op
+        if rank < 3:
+            return op.ArgMax(op.Unsqueeze(value, [2]), axis=2, keepdims=0) if how == "argmax" else value
+        with op.scope("R", layer, how):
+            concept = 1 if rank != 3 or not self._tokens(layer) else 2
+            if concept == 2:
+                value = op.Transpose(value, perm=[0, 2, 1])
+            flat = op.Reshape(value, [0, 0, -1])
+            if how == "sum":
+                return op.ReduceSum(flat, [2], keepdims=0)
+            if how == "max":
+                return op.ReduceMax(flat, [2], keepdims=0)
+            return op.ArgMax(flat, axis=2, keepdims=0)
+
+    def _tokens(self, layer: str) -> bool:
+        """Whether a tensor of rank 3 is [B, T, C] (made by a dense layer) and not [B, C, L]."""
+        return concept_axis(self.facts, self.facts.names.resolve(layer)) == 2
+
+    def _assemble(
+        self,
+        outputs: dict[str, tuple[Value, int, int]],
+        names: dict[str, Any],
+        explained: str,
+        required_masks: bool,
+        ir_version: int,
+    ) -> onnx.ModelProto:
+        from onnxcrp import __version__
+
+        graph = self.forward
+        own = [t.name for t in graph.outputs]
+        finals = []
+        for name, (value, rank, kind) in outputs.items():
+            finals.append((name, rank, kind))
+            node = gs.Node("Identity", name=self.op.unique(f"output/{name}"), inputs=[value.tensor])
+            node.outputs.append(gs.Variable(name))
+            self.op.nodes.append(node)
+        nodes = _needed(self.op.nodes, [*own, *outputs])
+        unasked = [name for name in self.added if name not in {t.name for node in nodes for t in node.inputs}]
+        made = gs.Graph(
+            nodes=nodes,
+            inputs=list(graph.inputs),
+            outputs=list(graph.outputs),
+            name=graph.name or "model",
+            opset=self.op.opset,
+        )
+        proto = gs.export_onnx(made, do_type_check=False)
+        proto.ir_version = ir_version
+        del proto.opset_import[:]
+        proto.opset_import.append(onnx.helper.make_opsetid("", self.op.opset))
+        proto.producer_name, proto.producer_version = "onnxcrp", __version__
+        for name in self.added:
+            symbols = [f"{name}[{axis}]" for axis in range(self._ranks[name])]
+            proto.graph.input.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, symbols))
+            default = self._defaults[name]
+            if (default is None or required_masks) and default != 0.0:
+                _drop_initializer(proto.graph, name)
+            elif name in unasked:
+                array = np.full([1] * self._ranks[name], default, np.float32)
+                proto.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+        for name, rank, kind in finals:
+            symbols = [f"{name}[{axis}]" for axis in range(rank)]
+            proto.graph.output.append(onnx.helper.make_tensor_value_info(name, kind, symbols))
+        onnx.helper.set_model_props(proto, self._metadata(names | {"outputs": own, "explained": explained}))
+        return proto
+
+    def _metadata(self, names: dict[str, Any]) -> dict[str, str]:
+        from onnxcrp import __version__
+
+        facts = self.facts
+        approximated = [
+            f"{facts.names.of(n)}: {n.op}" for n in facts.nodes if n.name in self.rules and n.op in _APPROXIMATED
+        ]
+        return {
+            **facts.canonical.metadata,
+            "onnxcrp.version": __version__,
+            "onnxcrp.composite": self.composite.text,
+            "onnxcrp.composite_name": self.composite.name,
+            "onnxcrp.sha256": facts.canonical.sha256,
+            "onnxcrp.map": json.dumps(names | {"target": self.target}),
+            "onnxcrp.facts": json.dumps(
+                {
+                    "shares_forward": facts.shares_forward,
+                    "batch": facts.canonical.batch,
+                    "seed": self.composite.seed,
+                    "start_from": self.start_from if self.started else None,
+                    "bypass": self.bypass if self.conditioned else None,
+                    "rules": {facts.names.of(n): self.rules[n.name][0] for n in facts.nodes if n.name in self.rules},
+                    "approximated": approximated,
+                    "cut": self.cut,
+                }
+            ),
+        }
+
+
+# Operators whose rounding a message takes for the identity.
+_APPROXIMATED = frozenset({"QuantizeLinear", "Round", "Floor", "Ceil"})
+
+
+class _View(Node):
+    """A canonical node whose tensors are those of the lowered graph."""
+
+    def __init__(self, writer: _Writer, node: gs.Node, data: list[int], name: str) -> None:
+        super().__init__(writer.op, node, data=data, nonnegative=writer.facts.nonnegative, name=name)
+        self._writer = writer
+
+    def _value(self, tensor: gs.Tensor) -> Value:
+        if isinstance(tensor, gs.Constant):
+            return super()._value(self._writer.tensor.get(tensor.name, tensor))
+        return self._writer._float(tensor.name)
+
+
+def _needed(nodes: Sequence[gs.Node], outputs: Iterable[str]) -> list[gs.Node]:
+    """The nodes that something asked for depends on, in their order."""
+    wanted = set(outputs)
+    kept = []
+    for node in reversed(nodes):
+        if any(t.name in wanted for t in node.outputs):
+            kept.append(node)
+            wanted.update(t.name for t in node.inputs if not t.is_empty())
+            for graph in node.subgraphs(recursive=True):
+                wanted.update(t.name for inner in graph.nodes for t in inner.inputs)
+    return kept[::-1]
+
+
+def _drop_initializer(graph: onnx.GraphProto, name: str) -> None:
+    for i, tensor in enumerate(graph.initializer):
+        if tensor.name == name:
+            del graph.initializer[i]
+            return
+
+
+def concept_axis(facts: Facts, node: gs.Node) -> int:
+    """Axis of the concepts of a layer: 1 for [N, C, ...], the last for [B, T, C] (rank 3 and made by a dense layer)."""
+    rank = len(dims(node.outputs[0]))
+    if rank == 3:
+        current: gs.Node | None = node
+        for _ in range(64):
+            if current is None:
+                break
+            family = OPS[current.op].family_of(current) if current.op in OPS else ""
+            if family == "dense":
+                return 2
+            if family == "convolution":
+                return 1
+            data = facts.carries(current)
+            source = current.inputs[data[0]] if data else None
+            if source is None or source.shape is None or len(source.shape) != 3:
+                break
+            current = facts.producer.get(source.name)
+    return 1 if rank > 1 else 0
+
+
+__all__ = ["assign", "compile", "concept_axis"]

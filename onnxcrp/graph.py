@@ -1,0 +1,363 @@
+"""Write ONNX nodes as arithmetic: a small eDSL over onnx-graphsurgeon.
+
+    op = Graph(opset=18)
+    x = op.value(some_gs_variable)
+    y = op.Relu(x) / (1 + op.Exp(-x))      # appends Relu, Neg, Exp, Add, Div
+
+A `Value` is a tensor of the graph under construction. Python numbers take the graph's float type, lists of ints become
+int64 constants (axes, shapes), equal nodes are written once, constants are computed at once, and a value known to be
+zero is a symbolic zero: it swallows products, vanishes from sums and never becomes a node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+Operand = "Value | float | int | np.ndarray | Sequence[int]"
+
+_SMALL = 4096  # constants up to this many elements are shared by content, larger ones by identity
+
+
+class Value:
+    """A tensor of the graph being written: a variable, a constant, or a symbolic zero.
+
+    `nonnegative` is a static fact: no element is below zero.
+    """
+
+    __array_ufunc__ = None  # numpy must not swallow `array * value`
+    __hash__ = object.__hash__
+
+    def __init__(
+        self, graph: Graph, tensor: gs.Tensor | None, array: np.ndarray | None = None, *, nonnegative: bool = False
+    ) -> None:
+        self.graph = graph
+        self._tensor = tensor
+        self.array = array
+        self.nonnegative = nonnegative or (array is not None and array.dtype.kind in "fiu" and bool((array >= 0).all()))
+
+    @property
+    def is_zero(self) -> bool:
+        """True for the symbolic zero."""
+        return self._tensor is None and self.array is None
+
+    @property
+    def is_constant(self) -> bool:
+        """True if the value is known while writing."""
+        return self.array is not None
+
+    @property
+    def tensor(self) -> gs.Tensor:
+        """The graphsurgeon tensor; made on first use for constants."""
+        if self._tensor is None:
+            if self.array is None:
+                raise ValueError("a symbolic zero has no tensor: it must not reach a node")
+            self._tensor = gs.Constant(self.graph.unique("constant"), np.asarray(self.array, order="C"))
+        return self._tensor
+
+    @property
+    def name(self) -> str:
+        """Name of the tensor."""
+        return self.tensor.name
+
+    def __bool__(self) -> bool:
+        raise TypeError("a Value has no truth value while the graph is written; use Where")
+
+    def __repr__(self) -> str:
+        if self.is_zero:
+            return "Value(0)"
+        return f"Value({self.name}{', constant' if self.is_constant else ''})"
+
+    # A sum drops zeros, a product is swallowed by them: this is where branches that cannot matter disappear.
+    def __add__(self, other: Any) -> Value:
+        other = self.graph.as_value(other)
+        if self.is_zero:
+            return other
+        if other.is_zero or other._is_scalar(0):
+            return self
+        if self._is_scalar(0):
+            return other
+        return self.graph.Add(self, other)._if(nonnegative=self.nonnegative and other.nonnegative)
+
+    def __sub__(self, other: Any) -> Value:
+        other = self.graph.as_value(other)
+        if other.is_zero or other._is_scalar(0):
+            return self
+        return -other if self.is_zero else self.graph.Sub(self, other)
+
+    def __mul__(self, other: Any) -> Value:
+        other = self.graph.as_value(other)
+        if self.is_zero or other._is_scalar(1):
+            return self
+        if other.is_zero or self._is_scalar(1):
+            return other
+        return self.graph.Mul(self, other)._if(nonnegative=self.nonnegative and other.nonnegative)
+
+    def __truediv__(self, other: Any) -> Value:
+        other = self.graph.as_value(other)
+        if other.is_zero:
+            raise ZeroDivisionError("division by a symbolic zero")
+        if self.is_zero or other._is_scalar(1):
+            return self
+        return self.graph.Div(self, other)._if(nonnegative=self.nonnegative and other.nonnegative)
+
+    def __matmul__(self, other: Any) -> Value:
+        other = self.graph.as_value(other)
+        return self.graph.zero if self.is_zero or other.is_zero else self.graph.MatMul(self, other)
+
+    def __neg__(self) -> Value:
+        return self if self.is_zero else self.graph.Neg(self)
+
+    def __radd__(self, other: Any) -> Value:
+        return self.graph.as_value(other) + self
+
+    def __rsub__(self, other: Any) -> Value:
+        return self.graph.as_value(other) - self
+
+    def __rmul__(self, other: Any) -> Value:
+        return self.graph.as_value(other) * self
+
+    def __rtruediv__(self, other: Any) -> Value:
+        return self.graph.as_value(other) / self
+
+    def __rmatmul__(self, other: Any) -> Value:
+        return self.graph.as_value(other) @ self
+
+    def __gt__(self, other: Any) -> Value:
+        return self.graph.Greater(self, other)
+
+    def __ge__(self, other: Any) -> Value:
+        return self.graph.GreaterOrEqual(self, other)
+
+    def __lt__(self, other: Any) -> Value:
+        return self.graph.Less(self, other)
+
+    def __le__(self, other: Any) -> Value:
+        return self.graph.LessOrEqual(self, other)
+
+    def _is_scalar(self, number: float) -> bool:
+        return self.array is not None and self.array.ndim == 0 and self.array == number
+
+    def _if(self, *, nonnegative: bool) -> Value:
+        if nonnegative:
+            self.nonnegative = True
+        return self
+
+
+class Graph:
+    """The nodes of one ONNX graph, in the order they were written; `graph.Conv(x, W, strides=[2, 2])` appends one.
+
+    `opset` and the float type are set explicitly. Errors: ValueError where a symbolic zero reaches an operator that has
+    no rule for it.
+    """
+
+    def __init__(
+        self,
+        *,
+        opset: int,
+        nodes: Sequence[gs.Node] = (),
+        taken: Iterable[str] = (),
+        dtype: Any = np.float32,
+        flip_convolutions: bool = True,
+    ) -> None:
+        self.opset = opset
+        self.flip_convolutions = flip_convolutions  # stride-1 transposes as convolutions: twice as fast on CPU
+        self.dtype = np.dtype(dtype)
+        self.nodes: list[gs.Node] = list(nodes)
+        self.zero = Value(self, None, nonnegative=True)
+        self._scope: list[str] = []
+        self._counts: dict[str, int] = {}
+        self._taken = set(taken)
+        for node in self.nodes:
+            self._taken.add(node.name)
+            self._taken.update(tensor.name for tensor in [*node.inputs, *node.outputs])
+        self._written: dict[Any, Any] = {}
+        self._constants: dict[Any, Value] = {}
+        self._values: dict[str, Value] = {}
+
+    # ---- values ------------------------------------------------------------------------------------------------
+    def value(self, tensor: gs.Tensor, *, nonnegative: bool = False) -> Value:
+        """The Value of a tensor that already exists (one per tensor name)."""
+        if tensor.name not in self._values:
+            array = tensor.values if isinstance(tensor, gs.Constant) else None
+            self._values[tensor.name] = Value(self, tensor, array, nonnegative=nonnegative)
+        return self._values[tensor.name]
+
+    def constant(self, array: Any, dtype: Any = None) -> Value:
+        """A constant; small equal ones are shared."""
+        array = np.asarray(array, dtype=dtype)
+        if array.size > _SMALL:
+            return Value(self, None, array)
+        key = (array.dtype.str, array.shape, array.tobytes())
+        if key not in self._constants:
+            self._constants[key] = Value(self, None, array)
+        return self._constants[key]
+
+    def as_value(self, operand: Any) -> Value:
+        """Numbers take the graph's float type, lists of ints are int64, arrays stay as they are."""
+        if isinstance(operand, Value):
+            return operand
+        if isinstance(operand, np.ndarray | np.generic):
+            return self.constant(operand)
+        if isinstance(operand, bool):
+            return self.constant(np.bool_(operand))
+        if isinstance(operand, int | float):
+            return self.constant(operand, self.dtype)
+        return self.constant(operand, np.int64)
+
+    # ---- names -------------------------------------------------------------------------------------------------
+    @contextmanager
+    def scope(self, *names: str) -> Iterator[None]:
+        """Nodes written inside are named after `names`: R/layer1.0.conv1/zplus/Div."""
+        self._scope.extend(names)
+        try:
+            yield
+        finally:
+            del self._scope[-len(names) :]
+
+    def unique(self, name: str) -> str:
+        """A name nobody has yet, below the current scope."""
+        base = "/".join([*self._scope, name])
+        while True:
+            count = self._counts.get(base, 0)
+            self._counts[base] = count + 1
+            candidate = f"{base}_{count}" if count else base
+            if candidate not in self._taken:
+                self._taken.add(candidate)
+                return candidate
+
+    # ---- nodes -------------------------------------------------------------------------------------------------
+    def __getattr__(self, op: str) -> Callable[..., Any]:
+        if not op[:1].isupper():
+            raise AttributeError(op)
+        return lambda *inputs, **attrs: self.node(op, inputs, attrs)
+
+    def node(
+        self,
+        op: str,
+        inputs: Sequence[Any],
+        attrs: dict[str, Any] | None = None,
+        *,
+        outputs: int = 1,
+        domain: str | None = None,
+    ) -> Any:
+        """Append a node (or find its equal) and return its output Value, or a tuple of them where `outputs` > 1.
+
+        None among the inputs is an omitted optional input; trailing Nones are dropped.
+        """
+        values = [None if operand is None else self.as_value(operand) for operand in inputs]
+        while values and values[-1] is None:
+            values.pop()
+        if any(value is not None and value.is_zero for value in values):
+            raise ValueError(f"a symbolic zero reached {op}")
+        attrs = {name: value for name, value in (attrs or {}).items() if value is not None}
+        key = (op, domain, outputs, tuple(id(value) for value in values), _frozen(attrs))
+        if key in self._written:
+            return self._written[key][0]
+        result: Any = self._fold(op, values, attrs) if outputs == 1 and not domain else None
+        if result is None:
+            name = self.unique(op)
+            tensors = [gs.Variable(name if outputs == 1 else self.unique(op)) for _ in range(outputs)]
+            node_inputs = [gs.Variable.empty() if value is None else value.tensor for value in values]
+            self.nodes.append(
+                gs.Node(op=op, name=name, attrs=attrs, inputs=node_inputs, outputs=tensors, domain=domain)
+            )
+            made = tuple(self.value(tensor) for tensor in tensors)
+            result = made[0] if outputs == 1 else made
+        self._written[key] = (result, values)  # keeps the operands alive, so that no id is used twice
+        return result
+
+    def _fold(self, op: str, values: Sequence[Value | None], attrs: dict[str, Any]) -> Value | None:
+        if op not in _NUMPY or attrs or any(value is None or value.array is None for value in values):
+            return None
+        arrays = [value.array for value in values if value is not None and value.array is not None]
+        if sum(array.size for array in arrays) < np.prod(np.broadcast_shapes(*(a.shape for a in arrays))) / 4:
+            return None  # an outer product would only make the file larger
+        result = np.asarray(_NUMPY[op](*arrays))
+        return self.constant(result if result.dtype.kind == "b" else result.astype(arrays[-1].dtype, copy=False))
+
+    # ---- what arithmetic alone does not say --------------------------------------------------------------------
+    def where(self, condition: Any, yes: Any, no: Any) -> Value:
+        """`yes` where the condition holds, else `no`; zeros allowed."""
+        yes, no = self.as_value(yes), self.as_value(no)
+        if yes.is_zero and no.is_zero:
+            return self.zero
+        yes, no = (self.as_value(0.0) if value.is_zero else value for value in (yes, no))
+        return self.Where(condition, yes, no)._if(nonnegative=yes.nonnegative and no.nonnegative)
+
+    def float(self, value: Value) -> Value:
+        """Cast of a boolean, integer or half-precision value to the graph's float type."""
+        import onnx
+
+        if value.is_constant and value.array is not None:
+            return value if value.array.dtype == self.dtype else self.constant(value.array.astype(self.dtype))
+        return self.Cast(value, to=onnx.helper.np_dtype_to_tensor_dtype(self.dtype))
+
+    def shape(self, value: Value, start: int = 0, end: int | None = None) -> Value:
+        """Shape of a value at run time, int64 [end - start]."""
+        return self.Shape(value, start=start, end=end)
+
+    def derive(self, x: Value, what: str, function: Callable[[np.ndarray], np.ndarray]) -> Value:
+        """`function` of a constant, computed once under the name `what`; a symbolic zero if nothing is left of it."""
+        key = (what, id(x))
+        if key not in self._written:
+            array = function(x.array)  # type: ignore[arg-type]
+            self._written[key] = (self.constant(array) if array.any() else self.zero, [x])
+        return self._written[key][0]
+
+    def sum(self, values: Sequence[Value]) -> Value:
+        """Sum of any number of values; the symbolic zero if there is none."""
+        total = self.zero
+        for value in values:
+            total = total + value
+        return total
+
+
+def positive(x: Value) -> Value:
+    """x+ = max(x, 0) elementwise; x itself where that is a static fact."""
+    if x.is_zero or x.nonnegative:
+        return x
+    if x.array is not None:
+        return x.graph.derive(x, "positive", lambda array: np.maximum(array, 0))
+    return x.graph.Relu(x)._if(nonnegative=True)
+
+
+def negative(x: Value) -> Value:
+    """x- = min(x, 0) elementwise; a symbolic zero where x is known to be >= 0."""
+    if x.is_zero or x.nonnegative:
+        return x.graph.zero
+    if x.array is not None:
+        return x.graph.derive(x, "negative", lambda array: np.minimum(array, 0))
+    return -x.graph.Relu(-x)
+
+
+def stabilize(z: Value, epsilon: float) -> Value:
+    """stab(z) = z + epsilon * sign(z) with sign(0) = +1, so that nothing is divided by zero (ONNX Sign(0) is 0)."""
+    graph = z.graph
+    if z.is_zero:
+        return graph.as_value(float(epsilon))
+    if z.nonnegative:
+        return z + float(epsilon)
+    return z + graph.Where(z >= 0.0, float(epsilon), -float(epsilon))
+
+
+def _frozen(attrs: dict[str, Any]) -> tuple:
+    return tuple(sorted((name, tuple(value) if isinstance(value, list) else value) for name, value in attrs.items()))
+
+
+_NUMPY: dict[str, Callable[..., Any]] = {
+    "Add": np.add,
+    "Sub": np.subtract,
+    "Mul": np.multiply,
+    "Div": np.divide,
+    "Neg": np.negative,
+    "Sqrt": np.sqrt,
+    "Greater": np.greater,
+    "GreaterOrEqual": np.greater_equal,
+    "Less": np.less,
+    "LessOrEqual": np.less_equal,
+}

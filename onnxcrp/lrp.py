@@ -1,0 +1,353 @@
+"""The rules of Layer-wise Relevance Propagation, each written as its formula.
+
+Symbols (Montavon et al. 2019): `a` a layer's input, `z` its output, `W` and `b` its weights and bias, `R` the relevance
+of its output, `s` a message. `layer(a, W, b)` is the same node again with other operands, `layer.T(s, W)` its exact
+transpose, `layer.stab(z) = z + eps sign(z)` the guard against division by zero. x+ = max(x, 0), x- = min(x, 0).
+
+Divide first, then one transpose per branch, then multiply. A branch known to be zero (a- behind a ReLU) is a symbolic
+zero and is never written.
+
+Sources: Bach et al. 2015 (PLoS ONE 10(7)); Montavon et al. 2017 (Deep Taylor), 2019 (LRP overview); Kohlbrenner et al.
+2020; Andeol et al. 2021 (generalized gamma); Achtibat et al. 2023 (CRP).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from onnxcrp.errors import CompositeError
+from onnxcrp.graph import Graph, Value, negative, positive, stabilize
+from onnxcrp.ops.linear import batchnorm_scale
+from onnxcrp.ops.normalization import LocalResponse
+from onnxcrp.ops.registry import OPS, Node, Op, Parts
+
+LINEAR = frozenset({"convolution", "dense"})
+SUMMING = frozenset({"average", "sum"})
+ELEMENTWISE = frozenset({"activation", "scale", "normalization"})
+EVERY = frozenset({*LINEAR, *SUMMING, *ELEMENTWISE, "max", "lrn"})
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A rule: its formula, the op families it applies to, its parameters with defaults."""
+
+    name: str
+    function: Callable[..., Any]
+    families: frozenset[str]
+    parameters: Mapping[str, Any]
+    doc: str
+
+    def __call__(self, layer: Layer, R: Any, **parameters: Any) -> Any:
+        """Relevance of the layer's data inputs from that of its output."""
+        return self.function(layer, R, **parameters)
+
+
+RULES: dict[str, Rule] = {}
+
+
+def rule(families: frozenset[str], name: str | None = None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a rule under its function's name."""
+
+    def add(function: Callable[..., Any]) -> Callable[..., Any]:
+        key = name or function.__name__
+        if key in RULES:
+            raise ValueError(f"rule {key} is registered already")
+        parameters = {
+            p.name: p.default for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY
+        }
+        RULES[key] = Rule(key, function, families, parameters, (function.__doc__ or "").strip())
+        return function
+
+    return add
+
+
+class Layer:
+    """A node as a rule sees it: a, z, W, b, the node again and its transpose.
+
+    `bias="drop"` acts as if b were 0. For sums of several tensors `a` and `layer.T(s)` are `Parts`.
+    """
+
+    def __init__(self, op: Graph, node: Node, *, stabilizer: float = 1e-6, bias: str = "keep") -> None:
+        self.op = op
+        self.node = node
+        self.about: Op = OPS[node.op]
+        self.stabilizer = stabilizer
+        self.bias = bias
+        self.vanishes = False  # a static fact: R = 0 wherever z <= 0
+        self.bounds: Callable[[Any], np.ndarray] | None = (
+            None  # a value at the model's input -> the same at this layer's
+        )
+
+    @property
+    def family(self) -> str:
+        """The op family of the node."""
+        return self.about.family_of(self.node.node)
+
+    @property
+    def a(self) -> Any:
+        """The input [N, in...]; Parts where several inputs carry relevance."""
+        if self.family == "sum":
+            parts = Parts(self.node.input(i) for i in self.node.data)
+            return parts if len(parts) > 1 else parts[0]
+        return self.node.input(self.node.data[0])
+
+    @property
+    def W(self) -> Value:
+        """Weights; the scalar 1 where an op has none (pooling, means)."""
+        if self.node.op == "BatchNormalization":
+            return self.op.constant(batchnorm_scale(self.node)[0].astype(self.op.dtype))
+        return self.node.input(1) if self.about.weighted else self.op.as_value(1.0)
+
+    @property
+    def b(self) -> Value:
+        """Bias; a symbolic zero where there is none."""
+        if self.bias == "drop":
+            return self.op.zero
+        if self.node.op == "BatchNormalization":
+            return self.op.constant(batchnorm_scale(self.node)[1].astype(self.op.dtype))
+        if self.about.weighted and self.node.has(2):
+            bias = self.node.input(2)
+            return bias if bias.array is None or bias.array.any() else self.op.zero
+        return self.op.zero
+
+    @property
+    def z(self) -> Value:
+        """The output L(W,b)a as the forward pass computed it; without the bias if that is dropped."""
+        if self.bias == "keep":
+            return self.node.output()
+        if self.family == "sum":
+            shares = self.a * self.T(self.op.as_value(1.0))
+            return self.op.sum(shares) if isinstance(shares, Parts) else shares
+        return self(self.a, self.W) if self.about.weighted and self.node.has(2) else self.node.output()
+
+    def __call__(self, a: Value, W: Value | None = None, b: Value | None = None) -> Value:
+        """L(W,b)a: the node again with its own stride, pads, dilation and group."""
+        W = self.W if W is None else W
+        b = self.op.zero if b is None else b
+        if a.is_zero or W.is_zero:
+            if not b.is_zero:  # only the bias is left: the layer's answer to a field of zeros
+                return self(self.op.Mul(self.node.input(self.node.data[0]), 0.0), self.W, b)
+            return self.op.zero
+        assert self.about.forward is not None
+        z = self.about.forward(self.op, self.node, a, W, b)
+        return z._if(nonnegative=a.nonnegative and W.nonnegative and b.nonnegative)
+
+    def T(self, s: Any, W: Value | None = None) -> Any:
+        """The transpose of L(W,0): [N, out...] -> [N, in...]."""
+        if isinstance(s, Value) and s.is_zero:
+            return s
+        if self.about.weighted:
+            W = self.W if W is None else W
+            return W if W.is_zero else self.about.transpose(self.op, self.node, s, W)
+        back = self.about.transpose(self.op, self.node, s)
+        return back if W is None else back * W
+
+    def stab(self, z: Value, epsilon: float | None = None) -> Value:
+        """z + eps sign(z), sign(0) = +1."""
+        return stabilize(z, self.stabilizer if epsilon is None else epsilon)
+
+
+# ---- rules for layers with weights ---------------------------------------------------------------------------------
+
+
+@rule(LINEAR | SUMMING | {"normalization"})
+def zero(layer: Layer, R: Value) -> Any:
+    """LRP-0, also LRP-z (Bach et al. 2015; Kohlbrenner et al. 2020, Eq. 1): R_i = sum_j a_i w_ij / z_j R_j.
+
+    Outputs with |z_j| <= 1e-9 pass nothing on.
+    """
+    op, z = layer.op, layer.z
+    large = op.Abs(z) > 1e-9
+    s = op.where(large, R / op.where(large, z, 1.0), 0.0)
+    return layer.a * layer.T(s)
+
+
+@rule(LINEAR | SUMMING | {"normalization"})
+def epsilon(layer: Layer, R: Value, *, epsilon: float = 1e-6) -> Any:
+    """LRP-epsilon (Kohlbrenner et al. 2020, Eq. 2; CRP Eq. 32): R_i = sum_j a_i w_ij / (z_j + epsilon sign z_j) R_j."""
+    s = R / layer.stab(layer.z, epsilon)
+    return layer.a * layer.T(s)
+
+
+@rule(LINEAR)
+def zplus(layer: Layer, R: Value) -> Value:
+    """LRP-z+, alpha 1 beta 0 (CRP Eq. 34): only positive contributions; R_i = sum_j (a_i w_ij)+ / z_j+ R_j."""
+    a, W, b = layer.a, layer.W, layer.b
+    z = layer(positive(a), positive(W), positive(b)) + layer(negative(a), negative(W))
+    s = R / layer.stab(z)
+    return positive(a) * layer.T(s, positive(W)) + negative(a) * layer.T(s, negative(W))
+
+
+@rule(LINEAR)
+def alpha_beta(layer: Layer, R: Value, *, alpha: float = 2.0, beta: float = 1.0) -> Value:
+    """LRP-alpha-beta (Kohlbrenner et al. 2020, Eq. 3, beta >= 0 here): alpha z+ less beta times its negative twin.
+
+    Errors: CompositeError unless alpha - beta = 1 and both are >= 0.
+    """
+    if abs(alpha - beta - 1) > 1e-9 or alpha < 0 or beta < 0:
+        raise CompositeError(
+            f"alpha_beta needs alpha - beta = 1 and both >= 0, not alpha={alpha:g}, beta={beta:g}",
+            hint=f"did you mean beta={alpha - 1:g}?" if alpha >= 1 else "alpha=2, beta=1 is usual",
+        )
+    a, W, b = layer.a, layer.W, layer.b
+    activating = zplus(layer, R)
+    if beta == 0:
+        return activating
+    z = layer(positive(a), negative(W), negative(b)) + layer(negative(a), positive(W))
+    t = R / layer.stab(z)
+    inhibiting = positive(a) * layer.T(t, negative(W)) + negative(a) * layer.T(t, positive(W))
+    return activating * float(alpha) - inhibiting * float(beta)
+
+
+@rule(LINEAR)
+def gamma(layer: Layer, R: Value, *, gamma: float = 0.25) -> Value:
+    """LRP-gamma (Montavon et al. 2019), generalized to signed input and output (Andeol et al. 2021).
+
+    G+ = W + gamma W+, G- = W + gamma W-: where z > 0 what drives z up is favoured, where z < 0 what drives it down.
+    """
+    op, a, W, b = layer.op, layer.a, layer.W, layer.b
+    favoured = float(gamma)
+    up_W, down_W = W + positive(W) * favoured, W + negative(W) * favoured
+    up_b, down_b = b + positive(b) * favoured, b + negative(b) * favoured
+    x, y = positive(a), negative(a)
+
+    z = layer.stab(layer(x, up_W, up_b) + layer(y, down_W))
+    p = R / z if layer.vanishes else op.where(layer.z > 0.0, R / z, 0.0)
+    back = x * layer.T(p, up_W) + y * layer.T(p, down_W)
+    if layer.vanishes:
+        return back
+
+    z = layer.stab(layer(x, down_W, down_b) + layer(y, up_W))
+    q = op.where(layer.z < 0.0, R / z, 0.0)
+    return back + x * layer.T(q, down_W) + y * layer.T(q, up_W)
+
+
+@rule(LINEAR)
+def zbox(layer: Layer, R: Value, *, low: Any, high: Any) -> Value:
+    """z^B of Deep Taylor (Montavon et al. 2017): for layers that read pixels, which are bounded, low <= a <= high.
+
+    R_i = sum_j (a_i w_ij - l_i w_ij+ - h_i w_ij-) / (sum of that over i) R_j; low, high in the model's input units, a
+    scalar or one per channel. Errors: CompositeError where the path from the input to the layer is not affine.
+    """
+    assert layer.bounds is not None
+    a, W, b = layer.a, layer.W, layer.b
+    ends = layer.bounds(low), layer.bounds(high)  # a negative scale in the preprocessing swaps them
+    l, h = (  # noqa: E741
+        layer.node.like(layer.op.constant(end, layer.op.dtype)) for end in (np.minimum(*ends), np.maximum(*ends))
+    )
+    z = layer(a, W, b) - layer(l, positive(W), positive(b)) - layer(h, negative(W), negative(b))
+    s = R / layer.stab(z)
+    return a * layer.T(s) - l * layer.T(s, positive(W)) - h * layer.T(s, negative(W))
+
+
+@rule(LINEAR | SUMMING)
+def wsquare(layer: Layer, R: Value) -> Value:
+    """LRP-w^2 (Montavon et al. 2017): R_i = sum_j w_ij^2 / (sum_i w_ij^2 + b_j^2) R_j; what the bias takes is lost."""
+    if not layer.about.weighted:
+        return flat(layer, R)
+    op, W, b = layer.op, layer.W, layer.b
+    ones = op.Expand(1.0, op.Concat([1], layer.node.size(0, 1), axis=0))
+    s = R / layer.stab(layer(ones, W * W, b * b))
+    return layer.T(s, W * W)
+
+
+@rule(LINEAR | SUMMING | {"max"})
+def flat(layer: Layer, R: Value) -> Any:
+    """LRP-flat (Lapuschkin et al. 2019; thesis Eq. 2.27): all inputs alike, R_i = sum_j R_j / (number of inputs of j).
+
+    Zero padding is no input, so border windows share among fewer.
+    """
+    if layer.family == "sum":
+        return equal(layer, R)
+    if layer.about.ones is None:
+        raise CompositeError(f"rule flat cannot be used for {layer.node.op}")
+    ones = layer.about.ones(layer.op, layer.node)
+    s = ones.gather(R) / layer.stab(ones.count)
+    return ones.spread(s)
+
+
+# ---- rules for sums, products, windows -----------------------------------------------------------------------------
+
+
+@rule(SUMMING)
+def norm(layer: Layer, R: Value) -> Any:
+    """Every summand its share (thesis Eq. 2.39): R_i = x_i J_i^T[R / stab(f(x))]. A constant summand counts as bias."""
+    s = R / layer.stab(layer.z)
+    return layer.a * layer.T(s)
+
+
+@rule(frozenset({"sum"}))
+def equal(layer: Layer, R: Value) -> Any:
+    """Every data input of a sum the same, whatever it adds: a work-around for unstable residual sums."""
+    n = len(layer.node.data)
+    return Parts([R / float(n)] * n) if n > 1 else R
+
+
+@rule(frozenset({"sum"}))
+def first(layer: Layer, R: Value) -> Any:
+    """All to the first data input of a sum: a work-around for unstable residual sums."""
+    n = len(layer.node.data)
+    return Parts([R] + [layer.op.zero] * (n - 1)) if n > 1 else R
+
+
+@rule(ELEMENTWISE, name="pass")
+def pass_(layer: Layer, R: Value) -> Value:
+    """R unchanged (thesis Eq. 2.37): elementwise functions have nothing to share out."""
+    return R
+
+
+@rule(frozenset({"max"}))
+def winner(layer: Layer, R: Value) -> Any:
+    """All to the maximum (thesis Eq. 2.33), the first one on ties; overlapping windows add up."""
+    return layer.T(R)
+
+
+@rule(frozenset({"lrn"}))
+def lrn(layer: Layer, R: Value) -> Value:
+    """Local response normalization, first-order Taylor (thesis Eq. 2.46, neighbour term negative).
+
+    With D = k + b S: own = (k + b x^2)^-c, cross = 2 b c D^-(c+1), v = x own - x cross (S - x^2), s = R / stab(v):
+    R_in = x own s - x^2 (M^T(x cross s) - x cross s).
+    """
+    n = LocalResponse(layer.op, layer.node)
+    x = n.x
+    square = x * x
+    S = n.M(square)
+    own = n.power(square * n.b + n.k, -n.c)
+    cross = n.power(S * n.b + n.k, -n.c - 1) * (2 * n.b * n.c)
+    v = x * own - x * cross * (S - square)
+    s = R / layer.stab(v)
+    message = x * cross * s
+    return x * own * s - square * (n.MT(message) - message)
+
+
+# ---- comparison methods, not LRP -----------------------------------------------------------------------------------
+
+
+@rule(EVERY)
+def gradient(layer: Layer, R: Any) -> Any:
+    """The gradient: R_in = J^T R (Simonyan et al. 2013)."""
+    return layer.T(R)
+
+
+@rule(frozenset({"activation"}))
+def guided_backprop(layer: Layer, R: Value) -> Value:
+    """Guided backpropagation (Springenberg et al. 2014): the gradient of a ReLU, negative messages set to 0."""
+    return layer.T(positive(R))
+
+
+@rule(frozenset({"activation"}))
+def deconvnet(layer: Layer, R: Value) -> Value:
+    """DeconvNet (Zeiler and Fergus 2014): a ReLU on the message instead of on the forward pass."""
+    return positive(R)
+
+
+@rule(frozenset({"activation"}))
+def beta_smooth(layer: Layer, R: Value, *, beta: float = 10.0) -> Value:
+    """The gradient of softplus with sharpness beta for the ReLU's (Dombrowski et al. 2019): R sigmoid(beta x)."""
+    return R * layer.op.Sigmoid(layer.a * float(beta))

@@ -1,0 +1,38 @@
+"""How a message travels back through each ONNX op; files by family, functions named as the op."""
+
+from onnxcrp.ops import activations, arithmetic, linear, normalization, pooling, rearrange
+from onnxcrp.ops.registry import (
+    CARRIES_NONE,
+    FAMILIES,
+    KEEPS,
+    NONNEGATIVE,
+    OPS,
+    Node,
+    Op,
+    Parts,
+    activation,
+    carries_none,
+    supported,
+    transpose,
+)
+
+__all__ = [
+    "CARRIES_NONE",
+    "FAMILIES",
+    "KEEPS",
+    "NONNEGATIVE",
+    "OPS",
+    "Node",
+    "Op",
+    "Parts",
+    "activation",
+    "activations",
+    "arithmetic",
+    "carries_none",
+    "linear",
+    "normalization",
+    "pooling",
+    "rearrange",
+    "supported",
+    "transpose",
+]

@@ -1,0 +1,129 @@
+"""Sizes, paddings and index arithmetic that the transposes of windows, slices and interpolations share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from onnxcrp.graph import Graph, Value
+from onnxcrp.ops.registry import Node
+
+
+def window(node: Node, kernel: Sequence[int]) -> tuple[list[int], list[int], list[int], list[int]]:
+    """strides, dilations, pads before, pads after of a node that slides a window of `kernel` over its input."""
+    n = len(kernel)
+    strides = list(node.attrs.get("strides") or [1] * n)
+    dilations = list(node.attrs.get("dilations") or [1] * n)
+    pads = list(node.attrs.get("pads") or [0] * 2 * n)
+    return strides, dilations, pads[:n], pads[n:]
+
+
+def pooled(node: Node, axis: int, size: int, k: int) -> int:
+    """Number of windows of a pooling node along a spatial axis.
+
+    With ceil_mode runtimes drop a last window that would start beyond the input and its padding before; onnx's shape
+    inference does not always, so this is computed and not read.
+    """
+    strides, dilations, before, after = window(node, node.attrs["kernel_shape"])
+    room = size + before[axis] + after[axis] - dilations[axis] * (k - 1) - 1
+    stride = strides[axis]
+    if not node.attrs.get("ceil_mode", 0):
+        return room // stride + 1
+    count = -(-room // stride) + 1
+    return count - 1 if (count - 1) * stride >= size + before[axis] else count
+
+
+def scatter(op: Graph, node: Node, s: Value, W: Value, kernel: Sequence[int], *, group: int, index: int = 0) -> Value:
+    """ConvTranspose of s [N, M, h...] to the size of the node's input: [N, C, H...], exact for every size.
+
+    A window op reads H + pads = (h - 1) stride + dilation (k - 1) + 1 + r positions, 0 <= r. Where sizes are static,
+    pads after or output_padding make up for r; else everything is written (output_padding = stride - 1) and sliced to H.
+    """
+    strides, dilations, before, _ = window(node, kernel)
+    small, large = node.dims(output=True)[2:], node.dims(index)[2:]
+    after, extra, exact = [], [], True
+    for axis, k in enumerate(kernel):
+        h, size = small[axis], large[axis]
+        if size is not None and node.attrs.get("ceil_mode", 0):
+            h = pooled(node, axis, size, k)
+        if h is None or size is None:
+            exact = False
+            break
+        end = (h - 1) * strides[axis] + dilations[axis] * (k - 1) + 1 - before[axis]
+        after.append(max(end - size, 0))
+        extra.append(max(size - end, 0))
+    if exact and all(e < max(st, d) for e, st, d in zip(extra, strides, dilations, strict=True)):
+        return op.ConvTranspose(
+            s,
+            W,
+            strides=strides,
+            dilations=dilations,
+            group=group,
+            kernel_shape=list(kernel),
+            pads=[*before, *after],
+            output_padding=extra if any(extra) else None,
+        )
+    n = len(kernel)
+    whole = op.ConvTranspose(
+        s,
+        W,
+        strides=strides,
+        dilations=dilations,
+        group=group,
+        kernel_shape=list(kernel),
+        pads=[*before, *[0] * n],
+        output_padding=[stride - 1 for stride in strides] if any(stride > 1 for stride in strides) else None,
+    )
+    return fit(op, node, whole, index)
+
+
+def fit(op: Graph, node: Node, s: Value, index: int) -> Value:
+    """s [N, C, H'...] padded with zeros and cut to the spatial size H... of the node's input `index`."""
+    n = node.rank(index) - 2
+    axes = list(range(2, n + 2))
+    size = node.size(index, 2)
+    missing = op.Max(op.Sub(size, op.shape(s, 2)), op.constant(np.zeros(n, np.int64)))
+    padded = op.Pad(s, op.Concat(op.constant(np.zeros(n + 4, np.int64)), missing, axis=0))
+    return op.Slice(padded, op.constant(np.zeros(n, np.int64)), size, axes)
+
+
+def common_batch(op: Graph, values: Sequence[Value], rank: int) -> list[Value]:
+    """Values of equal rank expanded to the largest of their batch sizes (each 1 or N), so that Concat accepts them."""
+    if len(values) < 2:
+        return list(values)
+    batch = op.Max(*[op.shape(value, 0, 1) for value in values])
+    return [expand_batch(op, value, batch, rank) for value in values]
+
+
+def expand_batch(op: Graph, value: Value, batch: Value, rank: int) -> Value:
+    """Value [1 or N, ...] expanded to `batch` (int64 [1]) along axis 0."""
+    return op.Expand(value, batch if rank == 1 else op.Concat(batch, [1] * (rank - 1), axis=0))
+
+
+def scatter_axis(op: Graph, node: Node, s: Value, axis: int, indices: Value, index: int = 0) -> Value:
+    """Adds s along `axis` to the places `indices` (int64 [k]) of zeros as long as the node's input: T(Gather)."""
+    rank = node.rank(index)
+    around = [op.shape(s, 0, axis)] if axis else []
+    around.append(node.size(index, axis, axis + 1))
+    if axis + 1 < rank:
+        around.append(op.shape(s, axis + 1))
+    target = op.Concat(*around, axis=0) if len(around) > 1 else around[0]
+    places = op.Expand(op.Reshape(indices, [-1, *[1] * (rank - 1 - axis)]), op.shape(s))
+    return op.ScatterElements(op.Expand(0.0, target), places, s, axis=axis, reduction="add")
+
+
+def separable(op: Graph, s: Value, matrices: dict[int, np.ndarray], rank: int) -> Value:
+    """Applies the transpose of M [out, in] along each axis: s [..., out, ...] -> [..., in, ...]."""
+    for axis, matrix in matrices.items():
+        last = rank - 1
+        M = op.constant(matrix.astype(op.dtype))
+        if axis == last:
+            s = s @ M
+        elif axis == last - 1:
+            s = op.MatMul(op.constant(np.ascontiguousarray(matrix.T).astype(op.dtype)), s)
+        else:
+            swap = list(range(rank))
+            swap[axis], swap[last] = last, axis
+            s = op.Transpose(op.Transpose(s, perm=swap) @ M, perm=swap)
+    return s
