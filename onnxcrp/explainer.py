@@ -1,0 +1,305 @@
+"""The public face: ask a model questions and get relevance.
+
+A question is a start (the target's logit, or a hidden layer) and a condition. Questions that need the same relevance
+model (same start layers, same conditioned layers) run together: one forward pass at batch 1 for all conditions of a
+sample where axis 0 is the batch throughout, else the sample repeated for each. Results come in the order asked.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from onnxcrp.errors import CompositeError, QuestionError
+from onnxcrp.question import Asked, listed
+from onnxcrp.relevance import RelevanceModels, shape_of
+from onnxcrp.result import NegativeLogitWarning, Result, plain
+from onnxcrp.run import Run
+
+if TYPE_CHECKING:
+    import onnx_graphsurgeon as gs
+
+    from onnxcrp.canonize import Canonical
+    from onnxcrp.composite import Composite
+    from onnxcrp.facts import Facts
+
+__all__ = ["Explainer", "LayerInfo", "NegativeLogitWarning", "Result"]
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class LayerInfo:
+    """What can be named: a node that relevance passes, with the tensor that conditions and records refer to."""
+
+    name: str
+    op: str
+    family: str
+    shape: tuple[int | str | None, ...]
+    axis: int  # of the concepts
+    channels: int | None  # how many concepts, where that is static
+    depth: int
+    rule: str | None  # None for rearrangements and where no line of the composite fits
+    parameters: Mapping[str, Any]
+    names: tuple[str, ...]  # all names it answers to
+
+
+class Explainer:
+    """Explains one model under one composite; one Explainer may be used from many threads.
+
+    `model`: path, ModelProto or Canonical. `composite`: preset, file or object. `output`: the model output to explain
+    (the first one). `inputs`: those whose relevance is asked for (None: all that relevance reaches). `keep_head`:
+    explain after a terminal Softmax or Sigmoid, not before. `providers`, `threads`: onnxruntime's (best first).
+    `memory_limit`: bytes that one run may take, roughly; `cache_limit`: bytes of compiled relevance models to keep.
+    `low`, `high` (or `preprocessing`: an object that has them, a preset or a file): the range of input values, for
+    composites that need it. Raises ModelError, CompositeError, QuestionError (no such output or input).
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        composite: str | os.PathLike[str] | Composite = "epsilon_plus_flat",
+        *,
+        providers: Any = None,
+        output: str | None = None,
+        inputs: Sequence[str] | None = None,
+        keep_head: bool = False,
+        memory_limit: int = 2 * GIB,
+        cache_limit: int = 4 * GIB,
+        threads: int | None = None,
+        preprocessing: Any = None,
+        low: Any = None,
+        high: Any = None,
+        flip_convolutions: bool = True,
+    ) -> None:
+        from onnxcrp.canonize import Canonical, canonize
+        from onnxcrp.composite import load
+        from onnxcrp.facts import Facts
+
+        self.canonical: Canonical = model if isinstance(model, Canonical) else canonize(model)
+        self.facts: Facts = Facts(self.canonical, output=output, inputs=inputs, keep_head=keep_head)
+        self.composite: Composite = _bounded(load(composite), self.facts, preprocessing, low, high)
+        self.memory_limit = memory_limit
+        self._models = RelevanceModels(
+            self.canonical,
+            self.facts,
+            self.composite,
+            compile_options={"output": output, "keep_head": keep_head, "flip_convolutions": flip_convolutions},
+            session_options={"providers": providers, "threads": threads},
+            cache_limit=cache_limit,
+        )
+
+    # --- what the model is --------------------------------------------------------------------------------------------
+
+    @property
+    def inputs(self) -> dict[str, tuple[np.dtype, tuple[int | str | None, ...]]]:
+        """The model's inputs: name -> (dtype, shape)."""
+        return self._models.inputs
+
+    @cached_property
+    def layers(self) -> list[LayerInfo]:
+        """All that can be conditioned, recorded or started from, in execution order, with the rule each gets."""
+        from onnxcrp.ops import OPS
+
+        facts = self.facts
+        below = facts.between([facts.explained], None)
+        found = []
+        for node in facts.nodes:
+            if not facts.carries(node) or node.outputs[0].name not in below:
+                continue
+            family = facts.family(node) if node.op in OPS else "unsupported"
+            rule, parameters = self._rule(node, family)
+            layer = self._models.layer(facts.names.of(node))
+            channels = layer.shape[layer.axis] if layer.axis < len(layer.shape) else None
+            found.append(
+                LayerInfo(
+                    name=layer.name,
+                    op=node.op,
+                    family=family,
+                    shape=layer.shape,
+                    axis=layer.axis,
+                    channels=channels if isinstance(channels, int) else None,
+                    depth=facts.depth[node.name],
+                    rule=rule,
+                    parameters=parameters,
+                    names=tuple(facts.names.all_of(node)),
+                )
+            )
+        return found
+
+    def _rule(self, node: gs.Node, family: str) -> tuple[str | None, dict[str, Any]]:
+        """The rule that the walk will use for a node, None where it would fail or needs none."""
+        from onnxcrp.backward import assign
+
+        if family in ("rearrangement", "unsupported"):
+            return None, {}
+        try:
+            rule, parameters = assign(self.facts, self.composite, [node])[node.name]
+        except CompositeError:
+            return None, {}
+        return rule, {name: value for name, value in parameters.items() if name != "preprocessing"}
+
+    def inspect(self) -> dict[str, Any]:
+        """What the model is, as plain JSON values: inputs, canonizers, layers, what is unsupported, how batches run."""
+        facts, canonical, composite = self.facts, self.canonical, self.composite
+        unsupported = facts.unsupported(facts.between([facts.explained], None))
+        return {
+            "inputs": {name: {"dtype": str(kind), "shape": list(shape)} for name, (kind, shape) in self.inputs.items()},
+            "outputs": {
+                t.name: {"dtype": str(np.dtype(t.dtype)) if t.dtype is not None else None, "shape": list(shape_of(t))}
+                for t in facts.graph.outputs
+            },
+            "output": facts.output,
+            "explained": {"tensor": facts.explained, "shape": list(shape_of(facts.tensors[facts.explained]))},
+            "head": [f"{node.name} ({node.op})" for node in facts.head],
+            "relevance_of": list(facts.inputs),
+            "sha256": canonical.sha256,
+            "opset": canonical.source_opset,
+            "ir_version": canonical.source_ir,
+            "batch": canonical.batch,
+            "canonizers": [
+                {"name": report.name, "done": list(report.done), "declined": list(report.declined)}
+                for report in canonical.reports
+            ],
+            "composite": {
+                "name": composite.name,
+                "description": composite.description,
+                "seed": composite.seed,
+                "missing": list(composite.missing),
+            },
+            "layers": [
+                {
+                    "name": layer.name,
+                    "op": layer.op,
+                    "family": layer.family,
+                    "shape": list(layer.shape),
+                    "channels": layer.channels,
+                    "depth": layer.depth,
+                    "rule": layer.rule,
+                    "parameters": plain(layer.parameters),
+                    "names": list(layer.names),
+                }
+                for layer in self.layers
+            ],
+            "unsupported": [{"name": facts.names.of(node), "op": node.op} for node in unsupported],
+            "shares_forward": facts.shares_forward,
+            "batch_breaks": list(facts.batch_breaks),
+        }
+
+    # --- asking -------------------------------------------------------------------------------------------------------
+
+    def explain(
+        self,
+        x: Any,
+        target: Any = None,
+        *,
+        conditions: Mapping[str, Any] | Iterable[Mapping[str, Any]] | None = None,
+        record: str | Sequence[str] = (),
+        seed: Any = None,
+        start: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+        start_from: str = "activation",
+        bypass: str = "cut",
+        pairwise: bool = False,
+        inputs: Sequence[str] | None = None,
+        return_ortvalue: bool = False,
+    ) -> Result:
+        """Relevance of the inputs, and of the layers in `record`, for `target` under each of `conditions`.
+
+        `x`: array [B, ...], or {input: array}. `target`: as in condition.py; "topK" asks K questions. `conditions`: one
+        condition, or a list of N of them, which gives relevance an axis N, [B, N, ...]; with `pairwise` the N = B
+        conditions belong to one sample each, [B, ...]. `seed`: "output", "abs", "one", an array that relevance starts
+        with, or None for the composite's own. `start`: {layer: concepts} to begin at instead of the target, or a list
+        of them; `start_from`: "activation", "one", or "relevance", which is the target's under cut of these concepts.
+        `bypass`: "cut" or "keep". `inputs`: those whose relevance is wanted (None: all, (): none). `return_ortvalue`:
+        results stay on the device as they leave the model ([N, ...] for one sample), for what one run can answer.
+        Raises InputError, QuestionError, CompositeError, UnsupportedError; warns with NegativeLogitWarning.
+        """
+        feeds, batch = self._models.check_inputs(x)
+        run = Run(self._models, feeds, batch, self.memory_limit)
+        asked = Asked(
+            self._models,
+            batch,
+            run.forward,
+            target=target,
+            conditions=conditions,
+            record=record,
+            seed=seed,
+            start=start,
+            start_from=start_from,
+            bypass=bypass,
+            pairwise=pairwise,
+            inputs=inputs,
+        )
+        result = run.on_device(asked) if return_ortvalue else run.all(asked)
+        if not return_ortvalue:
+            asked.warn(result.explained)
+        return result
+
+    def stream(
+        self,
+        x: Any,
+        target: Any = None,
+        *,
+        conditions: Iterable[Mapping[str, Any]] | None = None,
+        **options: Any,
+    ) -> Iterator[Result]:
+        """The answers of `explain` in parts, in order, each small enough for `memory_limit`.
+
+        With `conditions` (any iterable, read as it is needed) the parts follow each other along N, else along the
+        samples. Raises what `explain` does.
+        """
+        if isinstance(conditions, Mapping):
+            raise QuestionError("stream takes a list of conditions, got one", hint="explain answers a single condition")
+        if options.get("pairwise"):
+            raise QuestionError("stream does not pair samples with conditions", hint="explain(..., pairwise=True)")
+        feeds, batch = self._models.check_inputs(x)
+        inputs = options.get("inputs")
+        names = [self._models.layer(name).tensor for name in listed(options.get("record", ()))]
+        names += self.facts.inputs if inputs is None else listed(inputs)
+        sizes = self._models.elements(feeds)
+        each = max(1, 4 * sum(sizes.get(name, 0) for name in names))
+        if conditions is None:
+            count = max(1, self.memory_limit // each)
+            for at in range(0, batch, count):
+                rows = slice(at, min(at + count, batch))
+                part = {name: array[rows] if self._models.is_batched(name) else array for name, array in feeds.items()}
+                yield self.explain(part, _rows_of(target, rows, batch), **options)
+            return
+        count = max(1, self.memory_limit // (each * batch))
+        remaining = iter(conditions)
+        while part_of_them := list(itertools.islice(remaining, count)):
+            yield self.explain(feeds, target, conditions=part_of_them, **options)
+
+
+def _bounded(composite: Composite, facts: Facts, preprocessing: Any, low: Any, high: Any) -> Composite:
+    """The composite with `low` and `high` where they are needed and known; else compiling says what is missing."""
+    if isinstance(preprocessing, (str, os.PathLike)):
+        from onnxcrp.preprocessing import Preprocessing
+
+        preprocessing = Preprocessing.load(preprocessing)
+    kinds = [np.dtype(t.dtype) for t in facts.graph.inputs if t.name in facts.inputs]
+    pixels = np.iinfo(kinds[0]) if kinds and kinds[0] in (np.uint8, np.int8) else None
+    given: dict[str, Any] = {}
+    for name, value in (("low", low), ("high", high)):
+        if name not in composite.missing:
+            continue  # bounds that no rule needs are no mistake: the same call serves every composite
+        if value is None:
+            value = getattr(preprocessing, name, None)
+        if value is None and pixels is not None:
+            value = float(pixels.min if name == "low" else pixels.max)
+        if value is not None:
+            given[name] = value
+    return composite.with_parameters(**given)
+
+
+def _rows_of(target: Any, rows: slice, batch: int) -> Any:
+    """The part of a target that belongs to some of the samples."""
+    if isinstance(target, list) or (isinstance(target, np.ndarray) and target.ndim and len(target) == batch):
+        return target[rows]
+    return target

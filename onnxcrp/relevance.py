@@ -1,0 +1,271 @@
+"""The relevance models of one model under one composite: compiled when first needed, kept as sessions, with sizes."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from onnxcrp.condition import mask
+from onnxcrp.errors import InputError, QuestionError
+from onnxcrp.inputs import check_array
+
+if TYPE_CHECKING:
+    import onnx_graphsurgeon as gs
+
+    from onnxcrp.canonize import Canonical
+    from onnxcrp.composite import Composite
+    from onnxcrp.facts import Facts
+
+Shape = tuple[int | str | None, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a relevance model is compiled for; layers by the names the model gives them, sorted."""
+
+    conditions: tuple[str, ...] = ()
+    start: tuple[str, ...] = ()
+    start_from: str = "activation"
+    seed: str = "output"
+    bypass: str = "cut"
+    record: tuple[str, ...] = ()
+    inputs: tuple[str, ...] = ()
+
+
+@dataclass
+class Program:
+    """A compiled relevance model: its session, and what its inputs and outputs stand for."""
+
+    session: Any
+    feeds: dict[str, str]  # role ("target", "mask.<layer>", "seed.<layer>") -> input
+    relevance: dict[str, str]  # "input/<name>" or "layer/<name>" -> output
+    activation: dict[str, str]  # layer -> output
+    explained: str
+    outputs: list[str]
+    shares_forward: bool
+    size: int  # bytes
+
+
+@dataclass
+class _Cell:
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    program: Program | None = None
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer as conditions, records and starts see it: the tensor that it puts out."""
+
+    name: str
+    tensor: str
+    shape: Shape
+    axis: int  # of its concepts
+
+    def mask(self, concepts: Any) -> np.ndarray:
+        """Concepts as an array of the layer's rank; raises QuestionError."""
+        return mask(concepts, layer=self.name, shape=self.shape, axis=self.axis)
+
+
+class RelevanceModels:
+    """A canonical model, its composite, and the sessions of the relevance models asked for so far; thread-safe."""
+
+    def __init__(
+        self,
+        canonical: Canonical,
+        facts: Facts,
+        composite: Composite,
+        *,
+        compile_options: Mapping[str, Any],
+        session_options: Mapping[str, Any],
+        cache_limit: int,
+    ) -> None:
+        self.canonical, self.facts, self.composite = canonical, facts, composite
+        self.cache_limit = cache_limit  # bytes of compiled relevance models to keep
+        self._compile_options = compile_options
+        self._session_options = session_options
+        self._lock = threading.Lock()
+        self._compiling = threading.Lock()
+        self._programs: OrderedDict[Plan, _Cell] = OrderedDict()
+        self._sizes: dict[tuple[tuple[int, ...], ...], dict[str, int]] = {}
+
+    # --- layers and inputs --------------------------------------------------------------------------------------------
+
+    def layer(self, name: str) -> Layer:
+        """A layer as the user names it; raises QuestionError listing the nearest names."""
+        from onnxcrp.backward import concept_axis
+
+        if not isinstance(name, str):
+            raise QuestionError(f"layers are named by strings, got {name!r}")
+        node = self.facts.names.resolve(name)
+        tensor = node.outputs[0]
+        axis = 1 if tensor.shape is None else concept_axis(self.facts, node)
+        return Layer(self.facts.names.of(node), tensor.name, shape_of(tensor), axis)
+
+    @cached_property
+    def inputs(self) -> dict[str, tuple[np.dtype, Shape]]:
+        """The model's inputs: name -> (dtype, shape)."""
+        return {t.name: (np.dtype(t.dtype), shape_of(t)) for t in self.facts.graph.inputs}
+
+    @property
+    def explained_shape(self) -> Shape:
+        """Of the explained output."""
+        return shape_of(self.facts.tensors[self.facts.explained])
+
+    @cached_property
+    def fixed(self) -> int | None:
+        """Samples per run where the batch could not be freed, else None."""
+        if self.canonical.batch != "fixed":
+            return None
+        return next((shape[0] for _, shape in self.inputs.values() if shape and isinstance(shape[0], int)), 1)
+
+    def is_batched(self, name: str) -> bool:
+        """Whether axis 0 of this input counts samples."""
+        shape = self.inputs[name][1]
+        return bool(shape) and (not isinstance(shape[0], int) or self.fixed is not None)
+
+    def check_inputs(self, x: Any) -> tuple[dict[str, np.ndarray], int]:
+        """{input: array} as the model takes it, and the number of samples; raises InputError."""
+        known = self.inputs
+        if not isinstance(x, Mapping):
+            if len(known) > 1:
+                raise InputError(f"the model has {len(known)} inputs: {', '.join(known)}", hint="pass {input: array}")
+            x = {next(iter(known)): x}
+        for name in x:
+            if name not in known:
+                raise InputError(f"the model has no input {name!r}, expected {', '.join(known)}")
+        for name in known:
+            if name not in x:
+                raise InputError(f"no value for the model's input {name!r}", hint=f"it takes {', '.join(known)}")
+        feeds = {name: check_array(name, x[name], kind, shape) for name, (kind, shape) in known.items()}
+        counts = {name: len(array) for name, array in feeds.items() if self.is_batched(name)}
+        if len(set(counts.values())) > 1:
+            sizes = ", ".join(f"{name} {count}" for name, count in counts.items())
+            raise InputError(f"inputs differ in the number of samples: {sizes}")
+        batch = next(iter(counts.values()), 1)
+        if batch == 0:
+            raise InputError("there are no samples: axis 0 is empty")
+        return feeds, batch
+
+    # --- compiled models ----------------------------------------------------------------------------------------------
+
+    def program(self, plan: Plan) -> Program:
+        """The session of a plan, compiled when first needed and kept while there is room."""
+        with self._lock:
+            cell = self._programs.setdefault(plan, _Cell())
+            self._programs.move_to_end(plan)
+        with cell.lock:  # other plans go on meanwhile
+            if cell.program is None:
+                cell.program = self._compile(plan)
+                self._make_room(plan)
+        return cell.program
+
+    def _make_room(self, newest: Plan) -> None:
+        with self._lock:
+            total = 0
+            for plan in reversed(list(self._programs)):
+                program = self._programs[plan].program
+                total += program.size if program is not None else 0
+                if total > self.cache_limit and plan != newest and program is not None:
+                    del self._programs[plan]
+
+    def _compile(self, plan: Plan) -> Program:
+        from onnxcrp.backward import compile
+        from onnxcrp.session import Session
+
+        composite = self.composite if plan.seed == self.composite.seed else replace(self.composite, seed=plan.seed)
+        with self._compiling:
+            model = compile(
+                self.canonical,
+                composite,
+                conditions=plan.conditions,
+                record=plan.record,
+                activations=plan.record,
+                start=plan.start,
+                start_from=plan.start_from,
+                bypass=plan.bypass,
+                inputs=plan.inputs,
+                **self._compile_options,
+            )
+        meta = {entry.key: entry.value for entry in model.metadata_props}
+        names = json.loads(meta["onnxcrp.map"])
+        feeds = {f"mask.{layer}": name for layer, name in names["masks"].items()}
+        feeds |= {f"seed.{layer}": name for layer, name in names["seeds"].items()}
+        if names["target"]:
+            feeds["target"] = names["target"]
+        # all of them are always fed, and onnxruntime binds no initializer to a device
+        for at in reversed(range(len(model.graph.initializer))):
+            if model.graph.initializer[at].name in feeds.values():
+                del model.graph.initializer[at]
+        relevance = {f"input/{name}": output for name, output in names["inputs"].items()}
+        relevance |= {f"layer/{name}": output for name, output in names["relevance"].items()}
+        return Program(
+            session=Session(model, **self._session_options),
+            feeds=feeds,
+            relevance=relevance,
+            activation=names["activation"],
+            explained=names["explained"],
+            outputs=names["outputs"],
+            shares_forward=json.loads(meta["onnxcrp.facts"])["shares_forward"],
+            size=model.ByteSize(),
+        )
+
+    # --- sizes --------------------------------------------------------------------------------------------------------
+
+    def elements(self, feeds: Mapping[str, np.ndarray]) -> dict[str, int]:
+        """Numbers per sample in every data tensor, for inputs of these shapes; dimensions nobody knows count as 1."""
+        key = tuple(feeds[name].shape[1:] for name in sorted(feeds))
+        with self._lock:
+            if key in self._sizes:
+                return self._sizes[key]
+        facts = self.facts
+        shapes = {name: shape_of(tensor) for name, tensor in facts.tensors.items() if name in facts.data}
+        if any(not isinstance(d, int) for shape in shapes.values() for d in shape[1:]):
+            inferred = self._inferred(feeds)
+            shapes = {name: inferred.get(name, shape) for name, shape in shapes.items()}
+        sizes = {
+            name: int(np.prod([d for d in shape[1:] if isinstance(d, int)], dtype=np.int64))
+            for name, shape in shapes.items()
+        }
+        with self._lock:
+            self._sizes[key] = sizes
+        return sizes
+
+    def _inferred(self, feeds: Mapping[str, np.ndarray]) -> dict[str, Shape]:
+        """Shapes in a model with dynamic sizes, for inputs of these shapes; nothing where onnx cannot tell."""
+        import onnx
+
+        with self._compiling:
+            model = self.canonical.to_onnx()
+        for port in model.graph.input:
+            for dim, size in zip(port.type.tensor_type.shape.dim, feeds[port.name].shape, strict=False):
+                dim.dim_value = size
+        del model.graph.value_info[:]
+        for port in model.graph.output:
+            port.type.tensor_type.ClearField("shape")
+        try:
+            model = onnx.shape_inference.infer_shapes(model, data_prop=True)
+        except Exception:  # onnx raises several kinds; these sizes only guide how questions are cut into chunks
+            return {}
+        return {
+            port.name: tuple(d.dim_value if d.HasField("dim_value") else None for d in port.type.tensor_type.shape.dim)
+            for port in [*model.graph.value_info, *model.graph.output]
+            if port.type.tensor_type.HasField("shape")
+        }
+
+
+def shape_of(tensor: gs.Tensor) -> Shape:
+    """Shape of a tensor: ints where static, symbols or None elsewhere; () where not even the rank is known."""
+    found: list[int | str | None] = []
+    for d in tensor.shape if tensor.shape is not None else ():
+        if isinstance(d, (int, np.integer)):
+            found.append(int(d) if d >= 0 else None)
+        else:
+            found.append(str(d) if d else None)
+    return tuple(found)
