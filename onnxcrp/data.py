@@ -39,6 +39,12 @@ class Sample:
     display: np.ndarray | None
     source: str
     others: Mapping[str, np.ndarray] = field(default_factory=dict)  # a model's further inputs, by name
+    input: str = ""  # the name of the one that `x` is
+
+    @property
+    def feeds(self) -> dict[str, np.ndarray]:
+        """All inputs by name."""
+        return {self.input: self.x, **self.others}
 
 
 class Place(NamedTuple):
@@ -177,7 +183,7 @@ class _Reader:
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise InputError(f"{path}: the picture cannot be read ({error})", hint="is the file complete?") from None
         self._check_shape(path, x.shape, hint="correct resize and crop in the preprocessing file")
-        return Sample(path.stem, x, display, os.fspath(path))
+        return Sample(path.stem, x, display, os.fspath(path), input=self.input_name)
 
     def _check_shape(self, path: Path, shape: tuple[int, ...], *, hint: str) -> None:
         """`shape` is that of one sample, [1, ...]."""
@@ -205,7 +211,7 @@ class _Reader:
             feeds = {key: _cast(where, batch[row : row + 1], self._port(key)[1]) for key, batch in batches.items()}
             x = feeds.pop(self.input_name)
             display = self.preprocessing.to_display(x) if x.ndim == 4 else None
-            yield Sample(name, x, display, where, feeds)
+            yield Sample(name, x, display, where, feeds, self.input_name)
 
 
 def _siblings(path: Path) -> list[str]:
@@ -255,16 +261,20 @@ def _load_npz(path: Path, key: str | None, wanted: Sequence[str], shape: Shape) 
                 )
             if len(keys) == 1:
                 return {first: archive[keys[0]]}
-            fitting = [name for name in keys if _batch_shape(_header(archive, name), shape) is not None]
+            shapes = {name: _header(archive, name) for name in keys}
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, KeyError) as error:
         raise _unreadable(path, error) from None
+    fitting = [name for name in keys if _batch_shape(shapes[name], shape) is not None]
     usual = [name for name in ("x", "X", "inputs", "images", "data", "arr_0") if name in fitting]
     if len(fitting) == 1 or usual:
         return _load_npz(path, fitting[0] if len(fitting) == 1 else usual[0], wanted, shape)
-    raise InputError(
-        f"{path}: holds {', '.join(keys) or 'nothing'}; which is the input?",
-        hint=f"name it: {path}:{fitting[0] if fitting else 'KEY'}",
-    )
+    holds = ", ".join(f"{name} {list(shapes[name])}" for name in keys) or "nothing"
+    if not fitting:
+        raise InputError(
+            f"{path}: no array has shape {show(('B', *shape[1:]))}; it holds {holds}",
+            hint="arrays are taken as already preprocessed",
+        )
+    raise InputError(f"{path}: holds {holds}; which is the input?", hint=f"name it: {path}:{fitting[0]}")
 
 
 def _header(archive: Any, name: str) -> tuple[int, ...]:

@@ -477,7 +477,10 @@ def test_which_array_of_an_archive(tmp_path):
     assert read("a.npz", x=x, beat=3 * x)[0].x.max() == 3  # the one named as the input
     assert read("a.npz", other=x, x=4 * x)[0].x.max() == 4  # the usual name
     assert [s.name for s in read("a.npz:x[1]", x=x)] == ["a[1]"]
-    assert "holds p, q; which is the input? (hint: name it:" in str(error_of(read, "a.npz", p=x, q=x))
+    assert "holds p [2, 1, 5], q [2, 1, 5]; which is the input? (hint: name it:" in str(
+        error_of(read, "a.npz", p=x, q=x)
+    )
+    assert "no array has shape [B, 1, 5]; it holds y [2], z [3]" in str(error_of(read, "a.npz", y=y, z=np.ones(3)))
     assert "holds no array 'w' (hint: it holds x)" in str(error_of(read, "a.npz:w", x=x))
 
 

@@ -1,0 +1,102 @@
+"""Fills in what the README shows of the program's own: output of its commands, the table of operators.
+
+    python -m docs.readme            # run the commands, write README.md and the pictures
+    python -m docs.readme --check    # say what would change, exit 1 if anything but a figure would
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+BLOCK = re.compile(r"```console\n\$ (?P<command>[^\n]*)\n(?P<output>.*?)```", re.DOTALL)
+
+
+def run(command: str, folder: Path) -> str:
+    """What a command of the README prints, stdout and stderr; files it names with -o go to `folder`."""
+    words = shlex.split(command)
+    if words[0] != "onnxcrp":
+        raise ValueError(f"only onnxcrp is run, not {words[0]}")
+    if "-o" in words:
+        at = words.index("-o") + 1
+        words[at] = str(folder / words[at])
+    done = subprocess.run(
+        [sys.executable, "-m", "onnxcrp.cli", *words[1:]], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise RuntimeError(f"{command}\n{done.stdout}{done.stderr}")
+    return (done.stdout + done.stderr).replace(f"{folder}/", "")
+
+
+def operators() -> str:
+    """Operators by family, from the registry."""
+    from onnxcrp.ops import CARRIES_NONE, FAMILIES, OPS
+
+    rows = ["| family | operators | what it is |", "|---|---|---|"]
+    for family, meaning in FAMILIES.items():
+        names = sorted(op.name for op in OPS.values() if op.family == family)
+        if family == "product":
+            names += ["Mul", "Div"]
+        if family in ("embedding", "rearrangement"):
+            names += ["Gather"]
+        if family == "scale":
+            names += ["Mul", "Div"]
+        if family in ("average", "rearrangement"):
+            names += ["Resize"]
+        rows.append(f"| {family} | {', '.join(sorted(set(names)))} | {meaning} |")
+    rows.append(f"| carries none | {', '.join(sorted(CARRIES_NONE))} | shapes, positions, truth values |")
+    return "\n".join(rows)
+
+
+def presets() -> str:
+    """Composites and what they say of themselves."""
+    from onnxcrp.composite import load
+    from onnxcrp.composite import presets as names
+
+    rows = ["| composite | |", "|---|---|"]
+    rows += [f"| `{name}` | {load(name).description} |" for name in names()]
+    return "\n".join(rows)
+
+
+def filled(text: str, name: str, content: str) -> str:
+    """The section between <!-- name --> and <!-- /name --> with new content."""
+    return re.sub(
+        rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m: f"{m[1]}{content}\n{m[2]}", text, flags=re.DOTALL
+    )
+
+
+def fresh(folder: Path) -> str:
+    """README.md as it should be; pictures that its commands draw are left in `folder`."""
+    text = README.read_text(encoding="utf-8")
+    text = BLOCK.sub(lambda m: f"```console\n$ {m['command']}\n{run(m['command'], folder).strip()}\n```", text)
+    return filled(text, "supported", f"{operators()}\n\n{presets()}")
+
+
+def masked(text: str) -> str:
+    """Text without its figures, which differ from machine to machine."""
+    return re.sub(r"\s+", " ", re.sub(r"[-+]?\d+(\.\d+)?(e[-+]?\d+)?%?", "#", text))
+
+
+def main() -> None:
+    """Write, or check."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        text = fresh(folder)
+        if "--check" in sys.argv:
+            if masked(text) != masked(README.read_text(encoding="utf-8")):
+                sys.exit("README.md is out of date: python -m docs.readme")
+            return
+        run("onnxcrp explain fixtures/shapes/net.onnx fixtures/shapes/sample.png --target top -o heatmap.png", folder)
+        for picture in folder.glob("*.png"):
+            (ROOT / "docs" / "images" / picture.name).write_bytes(picture.read_bytes())
+        README.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,5 @@
+"""`python -m onnxcrp.cli`."""
+
+from onnxcrp.cli import main
+
+main(prog_name="onnxcrp")

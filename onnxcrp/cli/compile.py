@@ -1,0 +1,104 @@
+"""`onnxcrp compile`: the relevance model as a file."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from onnxcrp.cli import options
+from onnxcrp.cli.output import steps, write_json, wrote
+
+
+@click.command(
+    "compile",
+    cls=options.Command,
+    examples=[
+        "onnxcrp compile fixtures/shapes/net.onnx -o relevance.onnx --condition layer2.0.conv2 --record layer2.0.conv2",
+        "onnxcrp compile fixtures/ecg/net.onnx -o relevance.onnx --composite epsilon --json",
+    ],
+)
+@options.model
+@click.option("-o", "--out", required=True, type=click.Path(dir_okay=False), help="The relevance model, an .onnx file.")
+@options.composite
+@click.option(
+    "--condition", "conditions", multiple=True, metavar="LAYER", help="A layer that gets a mask input. Repeatable."
+)
+@click.option("--record", multiple=True, metavar="LAYER", help="A layer whose relevance is an output. Repeatable.")
+@click.option(
+    "--activation", "activations", multiple=True, metavar="LAYER", help="A layer whose activation is. Repeatable."
+)
+@click.option(
+    "--reduce",
+    multiple=True,
+    type=click.Choice(["sum", "max", "argmax"]),
+    help="Recorded layers reduced to one number per concept. Repeatable.",
+)
+@click.option("--start", multiple=True, metavar="LAYER", help="Begin here: the layer gets a seed input. Repeatable.")
+@click.option(
+    "--start-from",
+    type=click.Choice(["activation", "one"]),
+    default="activation",
+    show_default=True,
+    help="Whether seeds are multiplied by the layer's activation.",
+)
+@click.option("--bypass", type=click.Choice(["cut", "keep"]), default="cut", show_default=True,
+              help="What becomes of relevance that goes round a conditioned layer.")  # fmt: skip
+@options.output
+@click.option(
+    "--input", "inputs", multiple=True, metavar="NAME", help="Inputs whose relevance is an output. Default: all."
+)
+@click.option("--no-inputs", is_flag=True, help="No relevance of inputs: stop at the lowest recorded layer.")
+@click.option("--masks", type=click.Choice(["optional", "required"]), default="optional", show_default=True,
+              help="Whether mask inputs have defaults (OpenVINO drops those: use required).")  # fmt: skip
+@click.option("--no-flip", is_flag=True, help="Write every transposed convolution as ConvTranspose.")
+@click.option("--opset", type=int, help="At least this opset.  [default: the larger of the source's and 18]")
+@click.option("--ir-version", type=int, default=10, show_default=True, help="Of the file; older runtimes need less.")
+@options.preprocess
+@options.as_json
+@options.quiet
+def command(
+    model: str,
+    out: str,
+    composite: str,
+    preprocess: str | None,
+    no_inputs: bool,
+    inputs: tuple[str, ...],
+    no_flip: bool,
+    as_json: bool,
+    quiet: bool,
+    **options_of_compile: Any,
+) -> None:
+    """Write the relevance model of MODEL: one ONNX file of standard operators, whose inputs `target` and `mask.LAYER`
+    ask the question and whose outputs `relevance.NAME` answer it. Any ONNX runtime runs it.
+    """
+    from onnxcrp.analysis.explanation import bounded
+    from onnxcrp.backward import compile
+    from onnxcrp.canonize import canonize
+    from onnxcrp.session import save
+
+    if inputs and no_inputs:
+        raise click.UsageError("--input and --no-inputs exclude each other.")
+    with steps(quiet=quiet) as step:
+        step("canonizing")
+        canonical = canonize(model)
+        step("compiling")
+        written = compile(
+            canonical,
+            bounded(composite, canonical, preprocess, model),
+            inputs=() if no_inputs else inputs or None,
+            flip_convolutions=not no_flip,
+            **options_of_compile,
+        )
+        step("writing")
+        save(written, out)
+    properties = {entry.key: entry.value for entry in written.metadata_props}
+    names = {
+        "inputs": [port.name for port in written.graph.input],
+        "outputs": [port.name for port in written.graph.output],
+    }
+    if as_json:
+        import json
+
+        write_json({"file": out, **names, "map": json.loads(properties["onnxcrp.map"])})
+    wrote(out, f"{', '.join(names['inputs'])} -> {', '.join(names['outputs'])}", quiet=quiet)

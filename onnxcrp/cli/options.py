@@ -1,0 +1,122 @@
+"""Options that several commands share, each a decorator, and the types of their values."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+def write_examples(formatter: click.HelpFormatter, examples: Sequence[str]) -> None:
+    """The section `Examples`, a command per line, never wrapped."""
+    if examples:
+        with formatter.section("Examples" if len(examples) > 1 else "Example"):
+            for example in examples:
+                formatter.write(f"  {example}\n")
+
+
+class Command(click.Command):
+    """A command whose help ends with examples that work as they stand, from the project's own folder."""
+
+    def __init__(self, *arguments: Any, examples: Sequence[str] = (), **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        self.examples = examples
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The examples."""
+        write_examples(formatter, self.examples)
+
+
+class Bytes(click.ParamType):
+    """`2GB`, `512MiB`, `1e9` -> a number of bytes."""
+
+    name = "bytes"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Powers of 1000, or of 1024 with an i."""
+        found = re.fullmatch(r"([\d.]+(?:e\d+)?)\s*([kmgt]i?)?b?", str(value).strip().lower())
+        try:
+            size = int(float(found[1]) * UNITS[found[2] or ""]) if found else 0
+        except ValueError:
+            size = 0
+        if size <= 0:
+            self.fail(f"{value!r} is no size; 2GB, 512MiB or a number of bytes", param, ctx)
+        return size
+
+
+def model(command: F) -> F:
+    """MODEL, the .onnx file."""
+    return click.argument("model", type=click.Path())(command)
+
+
+def composite(command: F) -> F:
+    """--composite: which rule each layer gets."""
+    return click.option(
+        "-c",
+        "--composite",
+        default="epsilon_plus_flat",
+        show_default=True,
+        metavar="NAME|FILE",
+        help="Which rule each layer gets: a preset or a .toml file, either with parameters as in"
+        ' "epsilon_gamma_box(low=-3, high=3)".',
+    )(command)
+
+
+def output(command: F) -> F:
+    """--output and --keep-head: which output is explained."""
+    command = click.option("--output", metavar="NAME", help="The model output to explain. Default: the first one.")(
+        command
+    )
+    return click.option(
+        "--keep-head", is_flag=True, help="Explain after a terminal Softmax or Sigmoid, not the logits before it."
+    )(command)
+
+
+def preprocess(command: F) -> F:
+    """--preprocess: how a picture becomes the model's input."""
+    return click.option(
+        "--preprocess",
+        metavar="NAME|FILE",
+        help="How pictures become inputs: imagenet, caffe, tf (-1..1), unit (0..1), none (0..255), or a .json file"
+        " (Hugging Face preprocessor_config.json or the plain form). Default: a *.preprocessing.json beside the model.",
+    )(command)
+
+
+def runtime(command: F) -> F:
+    """--provider, --threads and --memory-limit: how onnxruntime runs."""
+    command = click.option(
+        "--memory-limit",
+        type=Bytes(),
+        default="2GiB",
+        show_default=True,
+        help="What one run may take, roughly: more questions are cut into chunks.",
+    )(command)
+    command = click.option("--threads", type=click.IntRange(1), help="Threads of one run. Default: all cores.")(command)
+    return provider(command)
+
+
+def provider(command: F) -> F:
+    """--provider."""
+    return click.option(
+        "--provider",
+        "providers",
+        multiple=True,
+        metavar="NAME",
+        help="onnxruntime's execution provider: cuda, cpu ... Repeatable, best first. Default: cuda if there is one.",
+    )(command)
+
+
+def as_json(command: F) -> F:
+    """--json."""
+    return click.option("--json", "as_json", is_flag=True, help="Write JSON to stdout, for programs.")(command)
+
+
+def quiet(command: F) -> F:
+    """--quiet."""
+    return click.option("-q", "--quiet", is_flag=True, help="No progress and no messages.")(command)

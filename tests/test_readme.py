@@ -1,0 +1,42 @@
+"""The README. Oracle: its own commands, run; figures may differ from machine to machine, words may not."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from docs import readme
+from onnxcrp.composite import load
+from onnxcrp.ops import OPS
+
+TEXT = readme.README.read_text(encoding="utf-8")
+COMMANDS = [match["command"] for match in readme.BLOCK.finditer(TEXT)]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.split()[1])
+def test_commands_print_what_the_readme_shows(command: str, tmp_path: Path) -> None:
+    shown = next(m["output"] for m in readme.BLOCK.finditer(TEXT) if m["command"] == command)
+    assert readme.masked(readme.run(command, tmp_path)).strip() == readme.masked(shown).strip()
+    for name in re.findall(r"-o (\S+)", command):
+        assert (tmp_path / name).stat().st_size
+
+
+def test_lists_of_operators_and_composites_are_generated() -> None:
+    written = readme.filled(TEXT, "supported", f"{readme.operators()}\n\n{readme.presets()}")
+    assert written == TEXT, "python -m docs.readme"
+    assert all(name in TEXT for name in OPS)
+
+
+def test_links_lead_somewhere() -> None:
+    for page in (readme.README, *readme.ROOT.glob("docs/*.md"), *readme.ROOT.glob("*/README.md")):
+        for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), (page.name, target)
+
+
+def test_the_composite_of_the_readme_loads(tmp_path: Path) -> None:
+    (example,) = re.findall(r"```toml\n(.*?)```", TEXT, re.DOTALL)
+    path = tmp_path / "mine.toml"
+    path.write_text(example)
+    assert len(load(path).lines) > 3
