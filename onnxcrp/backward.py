@@ -131,8 +131,8 @@ def assign(facts: Facts, composite: Composite, nodes: Iterable[gs.Node]) -> dict
         )
         if found is None:
             unmatched.append(node)
-        elif found[0] != "gradient" and facts.is_preprocessing(node):
-            rules[node.name] = ("pass", found[1] | {"preprocessing": True})
+        elif found[0] != "gradient" and (facts.is_preprocessing(node) or facts.is_mask(node)):
+            rules[node.name] = ("pass", found[1] | {"unchanged": True})
         else:
             rules[node.name] = found
     if unmatched:
@@ -165,6 +165,9 @@ class _Writer:
         self.op = Graph(
             opset=opset, nodes=self.forward_nodes, taken=list(self.tensor), flip_convolutions=flip_convolutions
         )
+        for name, tensor in self.tensor.items():  # ops that ask a canonical tensor's size get the lowered graph's, too
+            if isinstance(tensor, gs.Variable):
+                self.op.value(tensor, nonnegative=name in facts.nonnegative)
         self.rules: dict[str, tuple[str, dict[str, Any]]] = {}
         self.relevance: dict[str, Value] = {}  # tensor name -> R, of inputs and recorded layers
         self.messages: dict[str, list[Value]] = {}
@@ -348,7 +351,7 @@ class _Writer:
         name = facts.names.of(node)
         view = _View(self, node, data, name)
         with op.scope("R", name, rule):
-            if len(node.outputs) > 1 and OPS[node.op].family_of(node) == "rearrangement":
+            if len(node.outputs) > 1 and rule == "rearrangement":
                 R: Any = [arrived.get(t.name, op.zero) for t in node.outputs]
             else:
                 R = next(iter(arrived.values()))
@@ -356,12 +359,13 @@ class _Writer:
                 back = OPS[node.op].transpose(op, view, R)
             else:
                 parameters = dict(parameters)
-                preprocessing = parameters.pop("preprocessing", False)
+                unchanged = parameters.pop("unchanged", False)
                 layer = Layer(op, view, stabilizer=parameters.pop("stabilizer"), bias=parameters.pop("bias"))
                 layer.vanishes = self._vanishes(node)
+                layer.gates = facts.gates(node) if rule == "signal" else set()
                 if rule == "zbox":
                     layer.bounds = facts.bounds(node)
-                back = R if preprocessing else RULES[rule](layer, R, **parameters)
+                back = R if unchanged else RULES[rule](layer, R, **parameters)
             parts = back if isinstance(back, Parts) else [back]
             if len(parts) != len(data):
                 raise UnsupportedError(f"{node.name} ({node.op}): {len(data)} data inputs, {len(parts)} messages")
@@ -407,9 +411,7 @@ class _Writer:
 
     def _unbroadcast(self, node: gs.Node, R: Value, source: gs.Tensor) -> Value:
         """Sums the axes along which the node expanded this input; never the batch."""
-        if OPS[node.op].family_of(node) == "rearrangement" and node.op != "Expand":
-            return R
-        if node.op not in ("Add", "Sub", "Sum", "Mean", "Mul", "Div", "Pow", "PRelu", "Expand"):
+        if node.op not in _BROADCASTING:
             return R
         wide, narrow = dims(node.outputs[0]), dims(source)
         if len(narrow) < len(wide):
@@ -507,19 +509,16 @@ class _Writer:
         if rank < 3:
             return op.ArgMax(op.Unsqueeze(value, [2]), axis=2, keepdims=0) if how == "argmax" else value
         with op.scope("R", layer, how):
-            concept = 1 if rank != 3 or not self._tokens(layer) else 2
-            if concept == 2:
-                value = op.Transpose(value, perm=[0, 2, 1])
+            concept = concept_axis(self.facts, self.facts.names.resolve(layer))
+            if concept != 1:
+                others = [axis for axis in range(1, rank) if axis != concept]
+                value = op.Transpose(value, perm=[0, concept, *others])
             flat = op.Reshape(value, [0, 0, -1])
             if how == "sum":
                 return op.ReduceSum(flat, [2], keepdims=0)
             if how == "max":
                 return op.ReduceMax(flat, [2], keepdims=0)
             return op.ArgMax(flat, axis=2, keepdims=0)
-
-    def _tokens(self, layer: str) -> bool:
-        """Whether a tensor of rank 3 is [B, T, C] (made by a dense layer) and not [B, C, L]."""
-        return concept_axis(self.facts, self.facts.names.resolve(layer)) == 2
 
     def _assemble(
         self,
@@ -597,6 +596,8 @@ class _Writer:
         }
 
 
+_BROADCASTING = frozenset(["Add", "Sub", "Sum", "Mean", "Mul", "Div", "Pow", "PRelu", "Expand", "Where", "Max", "Min"])
+
 # Operators whose rounding a message takes for the identity.
 _APPROXIMATED = frozenset({"QuantizeLinear", "Round", "Floor", "Ceil"})
 
@@ -635,24 +636,36 @@ def _drop_initializer(graph: onnx.GraphProto, name: str) -> None:
 
 
 def concept_axis(facts: Facts, node: gs.Node) -> int:
-    """Axis of the concepts of a layer: 1 for [N, C, ...], the last for [B, T, C] (rank 3 and made by a dense layer)."""
+    """Axis of the concepts of a layer: 1 for [N, C, ...], the last for [B, T, C] and for attention [B, heads, T, d].
+
+    What made the tensor decides: a convolution has channels on axis 1, a dense layer, an embedding and a normalization
+    features on the last; a Transpose takes that axis along.
+    """
     rank = len(dims(node.outputs[0]))
-    if rank == 3:
-        current: gs.Node | None = node
-        for _ in range(64):
-            if current is None:
-                break
-            family = OPS[current.op].family_of(current) if current.op in OPS else ""
-            if family == "dense":
-                return 2
-            if family == "convolution":
-                return 1
-            data = facts.carries(current)
-            source = current.inputs[data[0]] if data else None
-            if source is None or source.shape is None or len(source.shape) != 3:
-                break
-            current = facts.producer.get(source.name)
-    return 1 if rank > 1 else 0
+    if rank < 3:
+        return 1 if rank > 1 else 0
+    axes = list(range(rank))  # where the axes of the tensor looked at have gone
+    current: gs.Node | None = node
+    for _ in range(64):
+        if current is None or current.op not in OPS:
+            break
+        family = facts.family(current)
+        if family == "convolution":
+            return axes[1]
+        if family in _FEATURES_LAST:
+            return axes[-1]
+        data = facts.carries(current)
+        source = current.inputs[data[0]] if data else None
+        if source is None or source.shape is None or len(source.shape) != rank:
+            break
+        if current.op == "Transpose":
+            perm = current.attrs.get("perm") or list(range(rank))[::-1]
+            axes = [axes[perm.index(axis)] for axis in range(rank)]
+        current = facts.producer.get(source.name)
+    return 1
+
+
+_FEATURES_LAST = frozenset({"dense", "embedding", "layernorm", "matmul", "softmax"})
 
 
 __all__ = ["assign", "compile", "concept_axis"]

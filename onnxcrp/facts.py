@@ -20,9 +20,21 @@ LINEAR_FAMILIES = ("convolution", "dense")
 
 # What a model may do to its input before the first layer without ceasing to be an affine map of pixels.
 _PREPROCESSING = frozenset(
-    ["Add", "Sub", "Mul", "Div", "Neg", "Cast", "Identity", "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze"]
-    + ["Slice", "Gather", "Concat", "Split", "QuantizeLinear", "DequantizeLinear", "BatchNormalization"]
+    "Add Sub Mul Div Neg Cast Identity Transpose Reshape Flatten Squeeze Unsqueeze Slice Gather Concat Split".split()  # noqa: SIM905
+) | {"QuantizeLinear", "DequantizeLinear", "BatchNormalization"}
+
+
+# Ops of which only the first input is content.
+_CONTENT = frozenset(
+    ["Reshape", "Expand", "Slice", "Resize", "Tile", "Clip", "Unsqueeze", "Squeeze", "Pad", "Pow", "CumSum", "TopK"]
 )
+_SYMBOLS = frozenset(np.dtype(kind) for kind in (np.int64, np.int32, np.bool_))
+_SAME_IDS = frozenset(["Cast", "Reshape", "Squeeze", "Unsqueeze", "Identity", "Flatten"])
+
+
+def _is_lookup(node: gs.Node) -> bool:
+    """Whether a node picks rows of a constant table by index."""
+    return node.op == "Gather" and isinstance(node.inputs[0], gs.Constant)
 
 
 def dims(tensor: gs.Tensor) -> list[Any]:
@@ -91,22 +103,49 @@ class Facts:
         if node.op in CARRIES_NONE and not node.domain:
             return []
         found = [i for i, tensor in enumerate(node.inputs) if tensor.name in self.data]
-        if node.op in ("Reshape", "Expand", "Slice", "Gather", "Resize", "Tile", "Clip", "Unsqueeze", "Squeeze", "Pad"):
+        if node.op in _CONTENT:
             found = [i for i in found if i == 0]  # the others are shapes, positions and bounds
+        elif node.op == "Gather":
+            found = [i for i in found if i == isinstance(node.inputs[0], gs.Constant)]  # token ids, or what is picked
+        elif node.op == "Where":
+            found = [i for i in found if i > 0]
         return found
 
     def _data_paths(self, asked: Iterable[str] | None) -> set[str]:
-        """Tensors that depend on an input whose relevance is asked for."""
-        names = [tensor.name for tensor in self.graph.inputs]
-        asked = list(asked or names)
+        """Tensors that depend on an input whose relevance is asked for.
+
+        Integers carry relevance as token ids, into an embedding; attention masks and positions carry none. Where a
+        model has nothing else, its integers are real values (pixels).
+        """
+        kinds = {tensor.name: tensor.dtype for tensor in self.graph.inputs}
+        asked = list(asked or kinds)
         for name in asked:
-            if name not in names:
-                raise QuestionError(f"the model has no input {name!r}", hint=f"its inputs: {', '.join(names)}")
-        self.data = set(asked)
+            if name not in kinds:
+                raise QuestionError(f"the model has no input {name!r}", hint=f"its inputs: {', '.join(kinds)}")
+        symbols = {name for name in asked if kinds[name] is not None and np.dtype(kinds[name]) in _SYMBOLS}
+        looked_up = self._token_ids(symbols)
+        values = set(asked) - symbols
+        self.data = values | looked_up or symbols
         for node in self.nodes:
+            if any(t.name in looked_up for t in node.outputs):
+                continue
+            if any(t.name in looked_up for t in node.inputs) and not _is_lookup(node):
+                continue  # positions and masks made from token ids
             if self.carries(node):
                 self.data.update(tensor.name for tensor in node.outputs)
         return self.data
+
+    def _token_ids(self, symbols: set[str]) -> set[str]:
+        """Which of the integer inputs `symbols` are looked up in an embedding, and the tensors on the way there."""
+        known = set(symbols)
+        for node in self.nodes:
+            if node.op in _SAME_IDS and node.inputs[0].name in known:
+                known.update(t.name for t in node.outputs)
+        live = {node.inputs[1].name for node in self.nodes if _is_lookup(node) and node.inputs[1].name in known}
+        for node in reversed(self.nodes):
+            if node.op in _SAME_IDS and node.inputs[0].name in known and any(t.name in live for t in node.outputs):
+                live.add(node.inputs[0].name)
+        return live
 
     def _reachable_inputs(self, asked: Iterable[str] | None) -> list[str]:
         reached = self.between([self.explained], None)
@@ -173,7 +212,7 @@ class Facts:
 
     @cached_property
     def depth(self) -> dict[str, int]:
-        """Node name -> number of Conv, ConvTranspose, Gemm, MatMul on the longest path from an input, itself included."""
+        """Node name -> number of layers with weights on the longest path from an input to it, itself included."""
         tensors = {tensor.name: 0 for tensor in self.graph.inputs}
         found: dict[str, int] = {}
         for node in self.nodes:
@@ -184,14 +223,39 @@ class Facts:
             tensors.update((tensor.name, here) for tensor in node.outputs)
         return found
 
+    def gates(self, node: gs.Node) -> set[int]:
+        """Positions of the data inputs that come out of Sigmoid, HardSigmoid or Softmax, rearranged at most."""
+        return {i for i in self.carries(node) if self._is_gate(node.inputs[i].name)}
+
+    def _is_gate(self, name: str) -> bool:
+        node = self.producer.get(name)
+        while node is not None and node.op in OPS and self.family(node) == "rearrangement":
+            data = self.carries(node)
+            node = self.producer.get(node.inputs[data[0]].name) if len(data) == 1 else None
+        return node is not None and node.op in ("Sigmoid", "HardSigmoid", "Softmax")
+
+    def is_mask(self, node: gs.Node) -> bool:
+        """Whether a node adds an attention mask, which is no data path, to the scores of a softmax."""
+        if node.op not in ("Add", "Sum") or len(self.carries(node)) != 1:
+            return False
+        reader: gs.Node | None = node
+        while reader is not None:
+            readers = self.readers.get(reader.outputs[0].name, [])
+            reader = readers[0] if len(readers) == 1 else None
+            if reader is not None and reader.op == "Softmax":
+                return True
+            if reader is None or reader.op not in ("Add", "Reshape", "Cast", "Transpose", "Where", "Max"):
+                return False
+        return False
+
     def family(self, node: gs.Node) -> str:
         """Op family of a node; errors: KeyError for unknown ops."""
-        return OPS[node.op].family_of(node)
+        return OPS[node.op].family_of(node, len(self.carries(node)))
 
     # ---- the batch axis ----------------------------------------------------------------------------------------
     @cached_property
     def batch_breaks(self) -> list[str]:
-        """Where axis 0 is not the batch, and why; empty if it is everywhere, so that conditions share a forward pass."""
+        """Where axis 0 is not the batch, and why; empty where it is throughout: conditions share a forward pass."""
         return [f"{node.name} ({node.op}): {reason}" for node in self.nodes if (reason := self._breaks_batch(node))]
 
     @property
@@ -204,6 +268,8 @@ class Facts:
         if not data:
             return None
         source, result = node.inputs[data[0]], node.outputs[0]
+        if _is_lookup(node):
+            return None  # the axis is the table's
         rank = len(dims(source))
         if rank == 0:
             return None

@@ -22,6 +22,7 @@ import numpy as np
 
 from onnxcrp.errors import CompositeError
 from onnxcrp.graph import Graph, Value, negative, positive, stabilize
+from onnxcrp.ops.attention import Normalization, softmax_axis
 from onnxcrp.ops.linear import batchnorm_scale
 from onnxcrp.ops.normalization import LocalResponse
 from onnxcrp.ops.registry import OPS, Node, Op, Parts
@@ -29,7 +30,8 @@ from onnxcrp.ops.registry import OPS, Node, Op, Parts
 LINEAR = frozenset({"convolution", "dense"})
 SUMMING = frozenset({"average", "sum"})
 ELEMENTWISE = frozenset({"activation", "scale", "normalization"})
-EVERY = frozenset({*LINEAR, *SUMMING, *ELEMENTWISE, "max", "lrn"})
+BILINEAR = frozenset({"product", "matmul"})
+EVERY = frozenset({*LINEAR, *SUMMING, *ELEMENTWISE, *BILINEAR, "max", "lrn", "softmax", "layernorm"})
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ class Layer:
         self.stabilizer = stabilizer
         self.bias = bias
         self.vanishes = False  # a static fact: R = 0 wherever z <= 0
+        self.gates: set[int] = set()  # a static fact: which inputs are gates
         self.bounds: Callable[[Any], np.ndarray] | None = (
             None  # a value at the model's input -> the same at this layer's
         )
@@ -86,7 +89,7 @@ class Layer:
     @property
     def family(self) -> str:
         """The op family of the node."""
-        return self.about.family_of(self.node.node)
+        return self.about.family_of(self.node.node, len(self.node.data))
 
     @property
     def a(self) -> Any:
@@ -210,6 +213,8 @@ def gamma(layer: Layer, R: Value, *, gamma: float = 0.25) -> Value:
 
     G+ = W + gamma W+, G- = W + gamma W-: where z > 0 what drives z up is favoured, where z < 0 what drives it down.
     """
+    if gamma == 0:
+        return epsilon(layer, R, epsilon=layer.stabilizer)  # nothing is favoured: both halves are one
     op, a, W, b = layer.op, layer.a, layer.W, layer.b
     favoured = float(gamma)
     up_W, down_W = W + positive(W) * favoured, W + negative(W) * favoured
@@ -324,6 +329,74 @@ def lrn(layer: Layer, R: Value) -> Value:
     s = R / layer.stab(v)
     message = x * cross * s
     return x * own * s - square * (n.MT(message) - message)
+
+
+# ---- gates and attention -------------------------------------------------------------------------------------------
+
+
+@rule(frozenset({"product"}))
+def half(layer: Layer, R: Value) -> Any:
+    """Both factors of a product the same (Achtibat et al. 2024, AttnLRP, Prop. 3.2); a divisor gets none."""
+    if layer.node.op == "Div":
+        return Parts([R, layer.op.zero])
+    return Parts([R * 0.5, R * 0.5])
+
+
+@rule(BILINEAR)
+def signal(layer: Layer, R: Value) -> Any:
+    """The signal all, the gate none (Arras et al. 2017); a gate is what comes out of Sigmoid, HardSigmoid or Softmax.
+
+    Without one gate on exactly one side both factors are alike: `half`, for matrix products `matmul`.
+    """
+    gates = layer.gates
+    if layer.node.op == "Div" or len(gates) != 1:
+        return half(layer, R) if layer.family == "product" else matmul(layer, R)
+    closed = gates.pop()
+    if layer.family == "product":
+        return Parts(layer.op.zero if i == closed else R for i in (0, 1))
+    s = R / layer.stab(layer.z)
+    back = layer.T(s)
+    return Parts(layer.op.zero if i == closed else layer.node.input(i) * back[i] for i in (0, 1))
+
+
+@rule(frozenset({"matmul"}))
+def matmul(layer: Layer, R: Value) -> Any:
+    """Product of two tensors (AttnLRP Prop. 3.3): N = R / (2 A B + eps); R_A = A . (N B^T), R_B = B . (A^T N)."""
+    N = R / layer.stab(layer.z * 2.0, 1e-8)
+    back = layer.T(N)
+    return Parts([layer.node.input(0) * back[0], layer.node.input(1) * back[1]])
+
+
+@rule(frozenset({"softmax"}))
+def softmax(layer: Layer, R: Value) -> Value:
+    """AttnLRP Prop. 3.1 for a softmax inside the model, which does not conserve: R_in = x . (R - s sum R), s = softmax.
+
+    x counts as 0 where it is infinite or s = 0: closed by a mask.
+    """
+    op, x, s = layer.op, layer.a, layer.z
+    if layer.node.op == "LogSoftmax":
+        raise CompositeError("rule softmax is for Softmax; a LogSoftmax inside the model has none")
+    x = op.where(op.And(s > 0.0, op.Abs(x) < 1e30), x, 0.0)
+    return x * (R - s * op.ReduceSum(R, [softmax_axis(layer.node)], keepdims=1))
+
+
+@rule(frozenset({"layernorm"}))
+def layernorm(layer: Layer, R: Value) -> Value:
+    """Layer normalization (AttnLRP Prop. 3.4): the mean is differentiated, sigma held constant.
+
+    s = R / stab(y), y with the bias; u = s gamma / sigma; R_in = x . (u - mean(u)). RMS normalization passes.
+    """
+    if layer.node.op == "RmsNorm":
+        return R
+    n = Normalization(layer.op, layer.node)
+    u = R / layer.stab(layer.z) * (n.gamma / n.sigma)
+    return n.x * (u - n.mean(layer.op, u))
+
+
+@rule(frozenset({"embedding"}))
+def embedding(layer: Layer, R: Value) -> Value:
+    """A token's relevance is the sum over the features it looked up: [B, T, C] -> [B, T]."""
+    return layer.T(R)
 
 
 # ---- comparison methods, not LRP -----------------------------------------------------------------------------------

@@ -12,7 +12,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from onnxcrp.errors import UnsupportedError
 from onnxcrp.graph import Graph, positive
 from onnxcrp.ops import CARRIES_NONE, OPS, Node, Parts, supported
 
@@ -113,7 +112,7 @@ def check_transpose(
             right += float((v * unbroadcast(r, v.shape)).sum())
         scale = sum(float(np.abs(v * m[pick]).sum()) for v, m in zip(values, messages, strict=True))
         assert abs(left - right) <= 2e-5 * scale + 1e-6, (op_type, left, right)
-    if conditions == 1 and op_type not in ("Add", "Sub", "Sum", "Mean", "Expand"):
+    if conditions == 1 and op_type not in ("Add", "Sub", "Sum", "Mean", "Expand", "Min", "Max"):
         for i, result in zip(data, results, strict=True):
             assert result.shape == feeds[f"x{i}"].shape
 
@@ -289,6 +288,10 @@ LINEAR_TABLE: list[tuple[str, list[tuple[int, ...]], dict[str, Any], dict[int, A
     ("Pad", [(3, 4, 5)], {"mode": "edge"}, {1: np.array([0, 0, 1, 2, 0, 0, 0, 3])}),
     ("Pad", [(3, 6, 6)], {}, {1: np.array([0, 0, -1, 0, 0, 0, 1, -2])}),
     ("Tile", [(3, 4)], {}, {1: np.array([1, 2, 3])}),
+    ("Where", [(3, 4)], {}, {0: RNG.random((1, 3, 4)) > 0.5, 2: np.float32(0)}),
+    ("Where", [(3, 4), (3, 4)], {}, {0: RNG.random((1, 3, 4)) > 0.5}),
+    ("Max", [(3, 4), (3, 4), (3, 4)], {}, {}),
+    ("Min", [(3, 4), (3, 1)], {}, {}),
     ("DepthToSpace", [(12, 2, 3)], {"blocksize": 2}, {}),
     ("DepthToSpace", [(12, 2, 3)], {"blocksize": 2, "mode": "CRD"}, {}),
     ("SpaceToDepth", [(3, 4, 6)], {"blocksize": 2}, {}),
@@ -414,6 +417,10 @@ ACTIVATIONS: list[tuple[str, dict[str, Any], list[Any]]] = [
     ("Sin", {}, []),
     ("Cos", {}, []),
     ("Shrink", {"lambd": 0.3, "bias": 0.1}, []),
+    ("Softmax", {"axis": 1}, []),
+    ("LogSoftmax", {"axis": -1}, []),
+    ("LayerNormalization", {"axis": -1}, [w(40), w(40)]),
+    ("LayerNormalization", {"axis": 1, "epsilon": 1e-3}, [w(3, 40)]),
     ("LRN", {"size": 5, "alpha": 0.3, "beta": 0.6, "bias": 1.2}, []),
 ]
 
@@ -441,7 +448,7 @@ def test_derivative(op_type: str, attrs: dict[str, Any], constants: list[Any]) -
     op.nodes.append(gs.Node("Identity", "end", inputs=[back.tensor], outputs=[end]))
     (r,) = run(op.nodes, [x, s], [end], {"x": v, "s": message})
     left, right = numeric * message, r.astype(np.float64) * direction
-    if op_type == "LRN":
+    if op_type in ("LRN", "Softmax", "LogSoftmax", "LayerNormalization"):  # entries of a sample depend on each other
         assert abs(left.sum() - right.sum()) < 2e-3 * np.abs(left).sum()
         return
     smooth = np.abs(left - right) < 2e-2 * (1 + np.abs(left))
@@ -451,7 +458,8 @@ def test_derivative(op_type: str, attrs: dict[str, Any], constants: list[Any]) -
 def test_every_op_with_a_transpose_is_tested_here() -> None:
     tested = {row[0] for row in LINEAR_TABLE} | {row[0] for row in ACTIVATIONS}
     tested |= {"Conv", "ConvTranspose", "MaxPool", "AveragePool", "Resize", "Split"}
-    elsewhere = {"Linear", "Silu", "Dropout", "QuantizeLinear", "DequantizeLinear", "Round", "Floor", "Ceil"}
+    tested |= {"MatMul"}
+    elsewhere = {"Linear", "Silu", "RmsNorm", "Dropout", "QuantizeLinear", "DequantizeLinear", "Round", "Floor", "Ceil"}
     assert {op.name for op in supported()} - tested == elsewhere  # tested in test_rules.py and test_canonize*.py
     assert not set(OPS) & set(CARRIES_NONE)
 
@@ -517,6 +525,46 @@ def test_registration_refuses_to_overwrite() -> None:
         carries_none("Shape", why="again")
 
 
-def test_a_product_of_two_data_paths_is_named() -> None:
-    with pytest.raises(UnsupportedError, match="product of two data paths"):
-        check_transpose("Mul", [(3, 4), (3, 4)])
+@pytest.mark.parametrize(
+    ("op_type", "shapes", "f"),
+    [
+        ("MatMul", [(2, 3, 4), (2, 4, 5)], np.matmul),
+        ("Mul", [(3, 4), (3, 4)], np.multiply),
+        ("Mul", [(3, 4), (3, 1)], np.multiply),
+        ("Div", [(3, 4), (3, 4)], np.divide),
+    ],
+)
+def test_product_of_two_data_paths(op_type: str, shapes: list[tuple[int, ...]], f: Any) -> None:
+    """<f(u + du, v + dv) - f(u - du, v - dv), s> = 2 (<du, T_u s> + <dv, T_v s>) for small du, dv."""
+    arrays = [RNG.uniform(0.5, 1.5, (2, *shape)) for shape in shapes]
+    steps = [1e-5 * RNG.standard_normal(array.shape) for array in arrays]
+    up, down = (f(*[a + sign * d for a, d in zip(arrays, steps, strict=True)]) for sign in (1, -1))
+    message = RNG.standard_normal(up.shape)
+    inputs = [gs.Variable(f"x{i}", np.float32, list(a.shape)) for i, a in enumerate(arrays)]
+    y, s = gs.Variable("y", np.float32, list(up.shape)), gs.Variable("s", np.float32, [None] * up.ndim)
+    node = gs.Node(op_type, "node", {}, inputs, [y])
+    op = Graph(opset=OPSET, nodes=[node])
+    back = OPS[op_type].transpose(op, Node(op, node, data=[0, 1], nonnegative=set(), name="n"), op.value(s))
+    ends = [gs.Variable(f"end{i}", np.float32) for i in range(2)]
+    for part, end in zip(back, ends, strict=True):
+        op.nodes.append(gs.Node("Identity", f"node_{end.name}", inputs=[part.tensor], outputs=[end]))
+    feeds = {f"x{i}": a.astype(np.float32) for i, a in enumerate(arrays)} | {"s": message.astype(np.float32)}
+    results = run(op.nodes, [*inputs, s], ends, feeds)
+    left = ((up - down) * message).sum() / 2
+    right = sum((d * unbroadcast(r.astype(float), d.shape)).sum() for d, r in zip(steps, results, strict=True))
+    scale = sum(np.abs(d * unbroadcast(r, d.shape)).sum() for d, r in zip(steps, results, strict=True))
+    assert abs(left - right) < 1e-4 * scale
+
+
+def test_embedding_sums_what_a_token_looked_up() -> None:
+    table = gs.Constant("table", w(10, 4))
+    ids, y = gs.Variable("ids", np.int64, [2, 3]), gs.Variable("y", np.float32, [2, 3, 4])
+    s = gs.Variable("s", np.float32, [None] * 3)
+    node = gs.Node("Gather", "lookup", {}, [table, ids], [y])
+    op = Graph(opset=OPSET)
+    back = OPS["Gather"].transpose(op, Node(op, node, data=[1], nonnegative=set(), name="n"), op.value(s))
+    end = gs.Variable("end", np.float32)
+    op.nodes.append(gs.Node("Identity", "end", inputs=[back.tensor], outputs=[end]))
+    message = w(2, 3, 4)
+    (r,) = run(op.nodes, [s], [end], {"s": message})
+    np.testing.assert_allclose(r, message.sum(-1), rtol=1e-5, atol=1e-6)

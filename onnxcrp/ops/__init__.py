@@ -1,6 +1,6 @@
 """How a message travels back through each ONNX op; files by family, functions named as the op."""
 
-from onnxcrp.ops import activations, arithmetic, linear, normalization, pooling, rearrange
+from onnxcrp.ops import activations, arithmetic, attention, linear, normalization, pooling, rearrange
 from onnxcrp.ops.registry import (
     CARRIES_NONE,
     FAMILIES,
@@ -28,6 +28,7 @@ __all__ = [
     "activation",
     "activations",
     "arithmetic",
+    "attention",
     "carries_none",
     "linear",
     "normalization",

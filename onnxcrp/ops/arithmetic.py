@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnxcrp.errors import UnsupportedError
 from onnxcrp.graph import Graph, Value
 from onnxcrp.ops.registry import KEEPS, Node, Parts, transpose
 
@@ -36,25 +35,23 @@ def mean_of(op: Graph, node: Node, s: Value) -> Value | Parts:
     return _each(node, [1.0 / n] * n, s)
 
 
-def _product(node: Node) -> Value:
-    """The factor that is no data path; two data paths are a gate or attention and need rules of their own."""
-    if len(node.data) > 1:
-        raise UnsupportedError(f"{node!r}: product of two data paths", hint="gates and attention are not supported yet")
-    return node.input(1 - node.data[0])
+def _product_family(node: gs.Node, data: int) -> str:
+    return "product" if data > 1 else "scale"
 
 
-@transpose("Mul", family="scale", sign=KEEPS)
-def mul(op: Graph, node: Node, s: Value) -> Value:
-    """s times the constant."""
-    return s * _product(node)
+@transpose("Mul", family=_product_family, sign=KEEPS)
+def mul(op: Graph, node: Node, s: Value) -> Value | Parts:
+    """s times the other factor."""
+    parts = Parts(s * node.input(1 - i) for i in node.data)
+    return parts if len(parts) > 1 else parts[0]
 
 
-@transpose("Div", family="scale", sign=KEEPS)
-def div(op: Graph, node: Node, s: Value) -> Value:
-    """s over the constant."""
-    if node.data != [0]:
-        raise UnsupportedError(f"{node!r}: division by a data path", hint="rewrite it as a product with Reciprocal")
-    return s / node.input(1)
+@transpose("Div", family=_product_family, sign=KEEPS)
+def div(op: Graph, node: Node, s: Value) -> Value | Parts:
+    """s over the divisor; to the divisor itself -s y over it."""
+    divisor = node.input(1)
+    parts = Parts(s / divisor if i == 0 else -(s * node.output() / divisor) for i in node.data)
+    return parts if len(parts) > 1 else parts[0]
 
 
 @transpose("Neg", family="scale")

@@ -38,7 +38,7 @@ def scatter(op: Graph, node: Node, s: Value, W: Value, kernel: Sequence[int], *,
     """ConvTranspose of s [N, M, h...] to the size of the node's input: [N, C, H...], exact for every size.
 
     A window op reads H + pads = (h - 1) stride + dilation (k - 1) + 1 + r positions, 0 <= r. Where sizes are static,
-    pads after or output_padding make up for r; else everything is written (output_padding = stride - 1) and sliced to H.
+    pads after or output_padding make up for r; else all is written (output_padding = stride - 1) and sliced to H.
     """
     strides, dilations, before, _ = window(node, kernel)
     small, large = node.dims(output=True)[2:], node.dims(index)[2:]

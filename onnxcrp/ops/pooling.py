@@ -8,6 +8,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnxcrp.errors import UnsupportedError
+from onnxcrp.evaluate import evaluate_node
 from onnxcrp.graph import Graph, Value
 from onnxcrp.ops.geometry import pooled, scatter, separable, window
 from onnxcrp.ops.registry import KEEPS, Node, Ones, transpose
@@ -215,7 +216,7 @@ def _winner(op: Graph, node: Node, s: Value, arg: Any) -> Value:
 
 
 def resize_matrices(node: Node) -> dict[int, np.ndarray]:
-    """Interpolation along each resized axis as a matrix [out, in], read off the operator (onnx's reference) itself."""
+    """Interpolation along each resized axis as a matrix [out, in], read off the operator itself."""
     small, large = node.dims(0), node.dims(output=True)
     scales = node.array(2)
     matrices: dict[int, np.ndarray] = {}
@@ -246,30 +247,13 @@ def _position(node: Node, axis: int) -> int | None:
 
 def _interpolation(attrs: dict[str, Any], n: int, m: int, scale: float | None) -> np.ndarray:
     """What Resize does along one axis of length n -> m, [m, n]: its answer to the identity."""
-    import onnx
-    from onnx import helper
-    from onnx.reference import ReferenceEvaluator
-
-    kept = {k: v for k, v in attrs.items() if k not in ("axes", "keep_aspect_ratio_policy")}
-    inputs = ["x", "", "scales"] if scale is not None else ["x", "", "", "sizes"]
-    graph = helper.make_graph(
-        [helper.make_node("Resize", inputs, ["y"], **kept)],
-        "resize",
-        [
-            helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [n, n]),
-            helper.make_tensor_value_info("scales", onnx.TensorProto.FLOAT, [2])
-            if scale is not None
-            else helper.make_tensor_value_info("sizes", onnx.TensorProto.INT64, [2]),
-        ],
-        [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [n, m])],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)])
-    how = {"scales": np.array([1.0, scale], np.float32)} if scale is not None else {"sizes": np.array([n, m])}
-    (answer,) = ReferenceEvaluator(model).run(None, {"x": np.eye(n, dtype=np.float32), **how})
-    return np.asarray(answer, np.float64).T
+    kept = {name: value for name, value in attrs.items() if name not in ("axes", "keep_aspect_ratio_policy")}
+    scales = None if scale is None else np.array([1.0, scale])
+    sizes = np.array([n, m]) if scale is None else None
+    return np.asarray(evaluate_node("Resize", kept, [np.eye(n), None, scales, sizes])[0]).T
 
 
-def _resize_family(node: gs.Node) -> str:
+def _resize_family(node: gs.Node, data: int) -> str:
     return "rearrangement" if node.attrs.get("mode", "nearest") == "nearest" else "average"
 
 

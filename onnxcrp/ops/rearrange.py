@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import onnx_graphsurgeon as gs
 
 from onnxcrp.errors import UnsupportedError
 from onnxcrp.graph import Graph, Value
+from onnxcrp.ops.attention import embedding
 from onnxcrp.ops.geometry import common_batch, scatter_axis, separable
 from onnxcrp.ops.registry import KEEPS, Node, Parts, carries_none, transpose
 
@@ -90,7 +92,7 @@ def _without_batch(op: Graph, node: Node, output: int) -> Value:
 
 @transpose("Slice", family="rearrangement", sign=KEEPS)
 def slice_(op: Graph, node: Node, s: Value) -> Value:
-    """s at the places it was read from, zeros elsewhere; where only the run knows them, it slices a range of indices."""
+    """s at the places it was read from, zeros elsewhere; where only the run knows them, a range of indices is cut."""
     rank = node.rank(0)
     given = node.array(3) if node.has(3) else node.array(1)
     if given is None:
@@ -139,9 +141,15 @@ def _python_slice(bounds: list[int], size: int) -> tuple[int, int | None, int]:
     return start, end, step
 
 
-@transpose("Gather", family="rearrangement", sign=KEEPS)
+def _gather_family(node: gs.Node, data: int) -> str:
+    return "embedding" if isinstance(node.inputs[0], gs.Constant) else "rearrangement"
+
+
+@transpose("Gather", family=_gather_family, sign=KEEPS)
 def gather(op: Graph, node: Node, s: Value) -> Value:
-    """s added to the entries it was gathered from."""
+    """s added to the entries it was gathered from; token ids get the sum over what they picked."""
+    if isinstance(node.node.inputs[0], gs.Constant):
+        return embedding(op, node, s)
     indices = node.array(1)
     axis = _axis(node)
     if indices is None or axis == 0:

@@ -30,6 +30,11 @@ FAMILIES = {
     "activation": "elementwise nonlinearity",
     "normalization": "per-channel affine map (a BatchNormalization that could not be folded)",
     "lrn": "local response normalization",
+    "product": "product of two tensors that both carry relevance: a gate and its signal",
+    "matmul": "matrix product of two tensors that both carry relevance: attention",
+    "softmax": "softmax inside the model",
+    "layernorm": "normalization by the sample's own mean and deviation",
+    "embedding": "rows of a constant table, picked by token ids",
     "scale": "product with a constant, change of sign or of number format",
     "rearrangement": "entries are moved, copied or dropped; needs no line in a composite",
 }
@@ -53,8 +58,8 @@ class Parts(list):
 class Ones:
     """A layer whose weights are all 1, for the rule `flat`; it treats channels alike, so one of them suffices.
 
-    `count` is L(1,0)1, how many inputs each output has; `spread` is s -> T(1)s; `gather` sums, before anything is divided,
-    the outputs that have the same inputs.
+    `count` is L(1,0)1, how many inputs each output has; `spread` is s -> T(1)s; `gather` sums, before anything is
+    divided, the outputs that have the same inputs.
     """
 
     count: Value
@@ -147,7 +152,7 @@ class Op:
     """One operator: see the module's docstring."""
 
     name: str
-    family: str | Callable[[gs.Node], str]
+    family: str | Callable[[gs.Node, int], str]
     transpose: Callable[..., Any]
     sign: Any = None  # KEEPS, NONNEGATIVE or a function of (node, nonnegative names) -> bool
     forward: Callable[..., Value] | None = None
@@ -156,9 +161,9 @@ class Op:
     weighted: bool = False  # input 1 are weights, input 2 is the bias
     summary: str = ""
 
-    def family_of(self, node: gs.Node) -> str:
-        """The family of one node; an attribute may decide it (nearest-neighbour Resize is a rearrangement)."""
-        return self.family if isinstance(self.family, str) else self.family(node)
+    def family_of(self, node: gs.Node, data: int = 1) -> str:
+        """The family of one node with `data` data inputs; a Mul of two is a product, of one a scale."""
+        return self.family if isinstance(self.family, str) else self.family(node, data)
 
 
 OPS: dict[str, Op] = {}
@@ -175,7 +180,7 @@ def _register(op: Op) -> None:
 
 def transpose(
     *names: str,
-    family: str | Callable[[gs.Node], str],
+    family: str | Callable[[gs.Node, int], str],
     sign: Any = None,
     forward: Callable[..., Value] | None = None,
     ones: Callable[..., Ones] | None = None,

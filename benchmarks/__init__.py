@@ -1,0 +1,1 @@
+"""Speed, measured side by side in one run; each prints machine, versions, medians and spread, and writes JSON."""

@@ -1,0 +1,423 @@
+"""Relevance models. Oracle: dense formulas in numpy float64 on a small net with a skip, and the interface as documented."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx.parser
+import pytest
+
+from onnxcrp.backward import compile as compile_model
+from onnxcrp.canonize import canonize
+from onnxcrp.errors import CompositeError, QuestionError, UnsupportedError
+from onnxcrp.session import Session
+
+RNG = np.random.default_rng(2)
+N_IN, N_MID, N_OUT = 5, 4, 3
+W = {name: RNG.standard_normal(shape).astype(np.float32) for name, shape in (
+    ("first", (N_MID, N_IN)), ("a", (N_MID, N_MID)), ("b", (N_MID, N_MID)), ("last", (N_OUT, N_MID))
+)}  # fmt: skip
+
+
+def residual(extra: str = "") -> onnx.ModelProto:
+    """x -> first -> relu -> h;  h + b(relu(a(h))) -> relu -> last: dense layers, one skip."""
+    model = onnx.parser.parse_model(
+        f"""
+        <ir_version: 8, opset_import: ["" : 18]>
+        net (float[batch, {N_IN}] x) => (float[batch, {N_OUT}] logits)
+        <float[{N_MID}, {N_IN}] first.weight, float[{N_MID}, {N_MID}] a.weight, float[{N_MID}, {N_MID}] b.weight,
+         float[{N_OUT}, {N_MID}] last.weight>
+        {{
+            f = Gemm <transB = 1> (x, first.weight)
+            h = Relu (f)
+            ah = Gemm <transB = 1> (h, a.weight)
+            ra = Relu (ah)
+            bh = Gemm <transB = 1> (ra, b.weight)
+            sum = Add (bh, h)
+            r = Relu (sum)
+            logits = Gemm <transB = 1> (r, last.weight)
+            {extra}
+        }}""".replace("first.weight", "first_w")
+        .replace("a.weight", "a_w")
+        .replace("b.weight", "b_w")
+        .replace("last.weight", "last_w")
+    )
+    for node in model.graph.node:
+        node.name = node.output[0]
+        node.input[:] = [name.replace("_w", ".weight") if name.endswith("_w") else name for name in node.input]
+    del model.graph.value_info[:]
+    del model.graph.initializer[:]
+    for name, array in W.items():
+        model.graph.initializer.append(onnx.numpy_helper.from_array(array, f"{name}.weight"))
+    return model
+
+
+def stab(z: np.ndarray) -> np.ndarray:
+    return z + 1e-6 * np.where(z >= 0, 1, -1)
+
+
+def eps(M: np.ndarray, a: np.ndarray, R: np.ndarray) -> np.ndarray:
+    return a * (M.T @ (R / stab(M @ a)))
+
+
+def by_hand(x: np.ndarray, target: np.ndarray, masks: dict[str, np.ndarray], *, cut: bool) -> dict[str, np.ndarray]:
+    """Relevance of every layer for one sample under rule epsilon, in float64."""
+    w = {name: array.astype(float) for name, array in W.items()}
+    f = w["first"] @ x
+    h = np.maximum(f, 0)
+    ah = w["a"] @ h
+    ra = np.maximum(ah, 0)
+    bh = w["b"] @ ra
+    total = bh + h
+    r = np.maximum(total, 0)
+    logits = w["last"] @ r
+    found = {"logits": logits, "last": target * logits}
+    found["sum"] = eps(w["last"], r, found["last"] * masks.get("last", 1))
+    R = found["sum"] * masks.get("sum", 1)
+    found["b"], skip = bh / stab(total) * R, h / stab(total) * R
+    found["a"] = eps(w["b"], ra, found["b"] * masks.get("b", 1))
+    through = eps(w["a"], h, found["a"] * masks.get("a", 1))
+    goes_round = cut and ("a" in masks or "b" in masks)
+    found["first"] = through + (0 if goes_round else skip)
+    found["x"] = eps(w["first"], x, found["first"] * masks.get("first", 1))
+    return found
+
+
+def ask(model: onnx.ModelProto, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    onnx.checker.check_model(model, full_check=True)
+    return Session(model).run(feeds)
+
+
+def names(model: onnx.ModelProto) -> dict[str, Any]:
+    return json.loads({entry.key: entry.value for entry in model.metadata_props}["onnxcrp.map"])
+
+
+X = RNG.standard_normal((1, N_IN)).astype(np.float32)
+TARGET = np.array([[0, 1, 0.5]], np.float32)
+LAYERS = {"first": N_MID, "a": N_MID, "b": N_MID, "sum": N_MID, "last": N_OUT}
+
+
+def near(ours: np.ndarray, theirs: np.ndarray) -> None:
+    assert np.linalg.norm(ours - theirs) < 1e-5 * (np.linalg.norm(theirs) + 1e-3), (ours, theirs)
+
+
+def test_every_layer_without_conditions() -> None:
+    model = compile_model(residual(), "epsilon", record=list(LAYERS), activations=list(LAYERS))
+    found = ask(model, {"x": X, "target": TARGET})
+    expected = by_hand(X[0].astype(float), TARGET[0], {}, cut=True)
+    near(found["explained"][0], expected["logits"])
+    near(found["logits"][0], expected["logits"])
+    near(found["relevance.x"][0], expected["x"])
+    for layer in LAYERS:
+        near(found[names(model)["relevance"][layer]][0], expected[layer])
+    near(found["activation.first"][0], W["first"].astype(float) @ X[0])
+
+
+@pytest.mark.parametrize("bypass", ["cut", "keep"])
+@pytest.mark.parametrize(
+    "conditioned", [["a"], ["b"], ["a", "b"], ["first", "b"], ["sum", "a"], ["first", "a", "b", "sum"], ["last"]]
+)
+def test_conditions(conditioned: list[str], bypass: str) -> None:
+    """Three conditions on one forward pass; recorded relevance is that before the mask."""
+    masks = {layer: RNG.integers(0, 2, (3, LAYERS[layer])).astype(np.float32) for layer in conditioned}
+    parallel = bypass == "cut" and {"a", "b"} & set(conditioned)
+    recorded = [layer for layer in LAYERS if layer != "x"]
+    model = compile_model(residual(), "epsilon", conditions=conditioned, record=recorded, bypass=bypass)
+    feeds = {names(model)["masks"][layer]: mask for layer, mask in masks.items()}
+    found = ask(model, {"x": X, "target": TARGET, **feeds})
+    for n in range(3):
+        mine = {layer: mask[n].astype(float) for layer, mask in masks.items()}
+        expected = by_hand(X[0].astype(float), TARGET[0], mine, cut=bool(parallel))
+        near(found["relevance.x"][n], expected["x"])
+        for layer in recorded:
+            ours = found[names(model)["relevance"][layer]]
+            near(ours[n if len(ours) > 1 else 0], expected[layer])
+
+
+def test_masks_are_ones_unless_fed_or_required() -> None:
+    free = compile_model(residual(), "epsilon", conditions=["b"], bypass="keep")
+    plain = compile_model(residual(), "epsilon")
+    near(ask(free, {"x": X, "target": TARGET})["relevance.x"], ask(plain, {"x": X, "target": TARGET})["relevance.x"])
+    required = compile_model(residual(), "epsilon", conditions=["b"], masks="required")
+    assert "mask.b" not in {tensor.name for tensor in required.graph.initializer}
+    assert "mask.b" in {tensor.name for tensor in required.graph.input}
+
+
+def test_a_partition_of_concepts_adds_up() -> None:
+    """cut: the parts sum to what passes; keep: sum of parts - (K - 1) * rest is the whole."""
+    parts = np.array([[1, 0, 0, 1], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1]], np.float32)
+    for bypass in ("cut", "keep"):
+        model = compile_model(residual(), "epsilon_plus", conditions=["b"], bypass=bypass)
+        R = ask(model, {"x": X, "target": TARGET, "mask.b": parts})["relevance.x"]
+        if bypass == "cut":
+            near(R[:3].sum(0), R[4])
+            assert not R[3].any()
+        else:
+            near(R[:3].sum(0) - 2 * R[3], R[4])
+
+
+def test_samples_targets_and_masks_pair_up() -> None:
+    x = RNG.standard_normal((3, N_IN)).astype(np.float32)
+    target = np.eye(N_OUT, dtype=np.float32)
+    mask = RNG.integers(0, 2, (3, N_MID)).astype(np.float32)
+    model = compile_model(residual(), "epsilon", conditions=["a"])
+    together = ask(model, {"x": x, "target": target, "mask.a": mask})["relevance.x"]
+    for n in range(3):
+        one = ask(model, {"x": x[n : n + 1], "target": target[n : n + 1], "mask.a": mask[n : n + 1]})["relevance.x"]
+        near(together[n : n + 1], one)
+
+
+def test_start_at_a_hidden_layer() -> None:
+    concept = np.eye(N_MID, dtype=np.float32)
+    w = {name: array.astype(float) for name, array in W.items()}
+    h = np.maximum(w["first"] @ X[0], 0)
+    ah = w["a"] @ h
+    for start_from in ("activation", "one"):
+        model = compile_model(residual(), "epsilon", start=["a"], start_from=start_from)
+        assert names(model)["target"] is None
+        R = ask(model, {"x": X, "seed.a": concept})["relevance.x"]
+        for n in range(N_MID):
+            seed = concept[n] * (np.maximum(ah, 0) if start_from == "activation" else 1)
+            near(R[n], eps(w["first"], X[0].astype(float), eps(w["a"], h, seed)))
+        assert not ask(model, {"x": X})["relevance.x"].any()  # seeds are zeros unless fed
+
+
+def test_reduced_records() -> None:
+    model = onnx.parser.parse_model("""
+        <ir_version: 8, opset_import: ["" : 18]>
+        net (float[batch, 2, 6, 6] x) => (float[batch, 3, 4, 4] y) <float[3, 2, 3, 3] w>
+        { y = Conv <kernel_shape = [3, 3]> (x, w) }""")
+    model.graph.initializer.append(
+        onnx.numpy_helper.from_array(RNG.standard_normal((3, 2, 3, 3)).astype(np.float32), "w")
+    )
+    (layer,) = [node.output[0] for node in model.graph.node]
+    full = compile_model(model, "epsilon", record=[layer], activations=[layer], inputs=())
+    short = compile_model(
+        model, "epsilon", record=[layer], activations=[layer], inputs=(), reduce=["sum", "max", "argmax"]
+    )
+    x = RNG.standard_normal((2, 2, 6, 6)).astype(np.float32)
+    feeds = {"x": x, "target": RNG.standard_normal((2, 3, 4, 4)).astype(np.float32)}
+    whole, reduced = ask(full, feeds), ask(short, feeds)
+    for kind in ("relevance", "activation"):
+        (name,) = names(full)[kind].values()
+        flat = whole[name].reshape(2, 3, -1)
+        outputs = next(iter(names(short)["reduced"].values()))
+        near(reduced[outputs[f"{kind}.sum"]], flat.sum(2))
+        near(reduced[outputs[f"{kind}.max"]], flat.max(2))
+        assert (reduced[outputs[f"{kind}.argmax"]] == flat.argmax(2)).all()
+    assert not any(name.startswith("relevance.x") for name in reduced)
+
+
+def test_only_what_is_asked_for_is_written() -> None:
+    whole = compile_model(residual(), "epsilon")
+    top = compile_model(residual(), "epsilon", record=["sum"], inputs=())
+    cut = compile_model(residual(), "epsilon", conditions=["b"], bypass="cut")
+    keep = compile_model(residual(), "epsilon", conditions=["b"], bypass="keep")
+    assert len(top.graph.node) < len(whole.graph.node) - 8
+    assert len(cut.graph.node) < len(keep.graph.node)
+    assert not any("first" in node.name for node in top.graph.node if node.name.startswith("R/"))
+
+
+def test_nodes_are_named_after_layer_and_rule() -> None:
+    written = [node.name for node in compile_model(residual(), "epsilon_plus").graph.node]
+    assert any(name.startswith("R/last/epsilon/") for name in written)
+
+
+def test_metadata() -> None:
+    model = compile_model(residual(), "epsilon_plus_flat(epsilon=0.01)", conditions=["b"])
+    meta = {entry.key: entry.value for entry in model.metadata_props}
+    assert meta["onnxcrp.composite_name"] == "epsilon_plus_flat(epsilon=0.01)"
+    assert "0.01" in meta["onnxcrp.composite"]
+    assert len(meta["onnxcrp.sha256"]) == 64
+    assert names(model)["masks"] == {"b": "mask.b"}
+    assert names(model)["inputs"] == {"x": "relevance.x"}
+    facts = json.loads(meta["onnxcrp.facts"])
+    assert facts["shares_forward"] is True
+    assert facts["cut"] == ["b"]
+    assert {domain.domain for domain in model.opset_import} == {""}
+    assert model.ir_version == 10
+
+
+def test_symbols_of_masks_targets_and_relevance_are_unique() -> None:
+    model = compile_model(residual(), "epsilon", conditions=["a", "b"], record=["sum"])
+    own = {"x", "logits"}
+    symbols = [
+        dim.dim_param
+        for port in [*model.graph.input, *model.graph.output]
+        if port.name not in own
+        for dim in port.type.tensor_type.shape.dim
+    ]
+    assert len(symbols) == len(set(symbols))
+
+
+def test_names_stay_legal_and_never_clash() -> None:
+    model = onnx.parser.parse_model("""
+        <ir_version: 8, opset_import: ["" : 18]>
+        net (float[batch, 3] target) => (float[batch, 3] explained)
+        { h = Relu (target)
+          explained = Relu (h) }""")
+    relevance = compile_model(model, "epsilon", record=["h"])
+    onnx.checker.check_model(relevance, full_check=True)
+    assert names(relevance)["target"] == "onnxcrp.target"
+    assert names(relevance)["explained"] == "onnxcrp.explained"
+    x = np.array([[1, -2, 3]], np.float32)
+    found = Session(relevance).run({"target": x, "onnxcrp.target": np.ones((1, 3), np.float32)})
+    near(found[names(relevance)["inputs"]["target"]], np.maximum(x, 0))
+
+
+def test_parallel_layers_keep_nothing_together() -> None:
+    model = residual().SerializeToString()
+    with pytest.raises(QuestionError, match="no path"):
+        compile_model(two_branches(), "epsilon", conditions=["left", "right"])
+    with pytest.raises(QuestionError, match="lies on no path"):
+        compile_model(two_branches(), "epsilon", conditions=["left"], record=["right"])
+    compile_model(two_branches(), "epsilon", conditions=["left", "right"], bypass="keep")
+    assert model == residual().SerializeToString()
+
+
+def two_branches() -> onnx.ModelProto:
+    model = onnx.parser.parse_model("""
+        <ir_version: 8, opset_import: ["" : 18]>
+        net (float[batch, 4] x) => (float[batch, 4] y) <float[4, 4] u, float[4, 4] v>
+        { left = Gemm <transB = 1> (x, u)
+          right = Gemm <transB = 1> (x, v)
+          y = Add (left, right) }""")
+    for node in model.graph.node:
+        node.name = node.output[0]
+    for name in ("u", "v"):
+        model.graph.initializer.append(
+            onnx.numpy_helper.from_array(RNG.standard_normal((4, 4)).astype(np.float32), name)
+        )
+    return model
+
+
+def test_all_unsupported_operators_are_named_at_once() -> None:
+    model = onnx.parser.parse_model("""
+        <ir_version: 8, opset_import: ["" : 18]>
+        net (float[batch, 4] x) => (float[batch, 4] y)
+        { a = Asinh (x)
+          b = Acosh (a)
+          y = Relu (b) }""")
+    with pytest.raises(UnsupportedError, match=r"2 operators have no transpose: .*Asinh.*Acosh|Acosh.*Asinh"):
+        compile_model(model, "epsilon")
+
+
+def test_a_composite_must_know_every_operator(tmp_path: Any) -> None:
+    path = tmp_path / "narrow.toml"
+    path.write_text('[[layer]]\nop = "dense"\nrule = "epsilon"\n')
+    with pytest.raises(CompositeError, match=r"has no rule for .*Relu"):
+        compile_model(residual(), path)
+
+
+def test_unknown_layers_and_options_are_named() -> None:
+    with pytest.raises(QuestionError, match="lats"):
+        compile_model(residual(), "epsilon", record=["lats"])
+    with pytest.raises(QuestionError, match="bypass"):
+        compile_model(residual(), "epsilon", bypass="around")
+    with pytest.raises(QuestionError, match="no output 'probabilities'"):
+        compile_model(residual(), "epsilon", output="probabilities")
+    with pytest.raises(QuestionError, match="no input 'image'"):
+        compile_model(residual(), "epsilon", inputs=["image"])
+
+
+def test_a_terminal_softmax_is_not_explained_unless_asked() -> None:
+    model = residual()
+    model.graph.node.append(onnx.helper.make_node("Softmax", ["logits"], ["probabilities"], name="head", axis=-1))
+    del model.graph.output[:]
+    model.graph.output.append(onnx.helper.make_tensor_value_info("probabilities", 1, ["batch", N_OUT]))
+    found = ask(compile_model(model, "epsilon"), {"x": X, "target": TARGET})
+    expected = by_hand(X[0].astype(float), TARGET[0], {}, cut=True)
+    near(found["explained"][0], expected["logits"])
+    near(found["relevance.x"][0], expected["x"])
+    near(found["probabilities"].sum(), np.array(1.0))
+    kept = ask(compile_model(model, "epsilon", keep_head=True), {"x": X, "target": TARGET})
+    near(kept["explained"], found["probabilities"])
+
+
+def test_gamma_needs_one_branch_only_where_that_is_exact() -> None:
+    """Below a ReLU whose relevance vanishes with it, gamma's second half is not written; a seed of ones needs both."""
+    from onnxcrp.composite import load
+
+    gammas = load("epsilon_gamma_box(low=-3, high=3)")
+    written = {}
+    for seed in ("output", "one"):
+        lines = [
+            dataclasses.replace(line, rule="gamma", parameters={"gamma": 0.3})
+            if line.rule in ("epsilon", "zbox")
+            else line
+            for line in gammas.lines
+        ]
+        composite = dataclasses.replace(gammas, lines=tuple(lines), seed=seed)
+        model = compile_model(residual(), composite)
+        written[seed] = model
+        rng = np.random.default_rng(3)
+        for _ in range(3):
+            x = rng.standard_normal((1, N_IN)).astype(np.float32)
+            R = ask(model, {"x": x, "target": TARGET})["relevance.x"]
+            near(R[0], all_gamma(x[0].astype(float), TARGET[0], seed))
+    for layer, seed, forward_passes in (("a", "output", 1), ("last", "output", 2), ("last", "one", 2)):
+        again = [n for n in written[seed].graph.node if n.name.startswith(f"R/{layer}/gamma/") and n.op_type == "Gemm"]
+        assert len(again) == forward_passes, (layer, seed)
+
+
+def all_gamma(x: np.ndarray, target: np.ndarray, seed: str) -> np.ndarray:
+    def gamma(M: np.ndarray, a: np.ndarray, R: np.ndarray) -> np.ndarray:
+        z, share, out = M @ a, M * a, np.zeros(len(a))
+        for j in range(len(z)):
+            push = np.maximum if z[j] > 0 else np.minimum
+            each = share[j] + 0.3 * push(share[j], 0)
+            out += each / stab(np.array(each.sum())) * R[j]
+        return out
+
+    w = {name: array.astype(float) for name, array in W.items()}
+    h = np.maximum(w["first"] @ x, 0)
+    ra = np.maximum(w["a"] @ h, 0)
+    bh = w["b"] @ ra
+    total = bh + h
+    r = np.maximum(total, 0)
+    logits = w["last"] @ r
+    R = gamma(w["last"], r, target * (logits if seed == "output" else 1))
+    through = gamma(w["a"], h, gamma(w["b"], ra, bh / stab(total) * R))
+    return gamma(w["first"], x, through + h / stab(total) * R)
+
+
+def test_dynamic_sizes_answer_for_every_size() -> None:
+    model = onnx.parser.parse_model("""
+        <ir_version: 8, opset_import: ["" : 18]>
+        net (float[batch, 2, height, width] x) => (float[batch, 3] y) <float[3, 2, 3, 3] w>
+        { c = Conv <kernel_shape = [3, 3], strides = [2, 2], pads = [1, 1, 1, 1]> (x, w)
+          r = Relu (c)
+          p = MaxPool <kernel_shape = [3, 3], strides = [2, 2]> (r)
+          g = GlobalAveragePool (p)
+          y = Flatten (g) }""")
+    model.graph.initializer.append(
+        onnx.numpy_helper.from_array(RNG.standard_normal((3, 2, 3, 3)).astype(np.float32), "w")
+    )
+    dynamic = compile_model(model, "epsilon_plus")
+    session = Session(dynamic)
+    for height, width in ((9, 9), (12, 17), (10, 31)):
+        fixed = onnx.ModelProto()
+        fixed.CopyFrom(model)
+        for axis, size in ((2, height), (3, width)):
+            fixed.graph.input[0].type.tensor_type.shape.dim[axis].dim_value = size
+        x = RNG.standard_normal((1, 2, height, width)).astype(np.float32)
+        feeds = {"x": x, "target": np.ones((2, 3), np.float32) * [[1], [2]]}
+        feeds["target"] = feeds["target"].astype(np.float32)
+        mine = session.run(feeds)["relevance.x"]
+        near(mine, ask(compile_model(fixed, "epsilon_plus"), feeds)["relevance.x"])
+        near(mine[0] * 2, mine[1])
+        near(mine[0].sum(), feeds["target"][0] @ session.run(feeds)["explained"][0])
+
+
+def test_the_model_given_is_left_as_it_is() -> None:
+    model = residual()
+    before = model.SerializeToString()
+    canonical = canonize(model)
+    first = compile_model(canonical, "epsilon", conditions=["b"])
+    second = compile_model(canonical, "epsilon", conditions=["b"])
+    assert model.SerializeToString() == before
+    assert first.SerializeToString() == second.SerializeToString()
