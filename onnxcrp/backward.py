@@ -427,7 +427,7 @@ class _Writer:
         """An input of the relevance model; with a default an initializer that callers may override."""
         if name not in self.added:
             if default is None:
-                tensor: gs.Tensor = gs.Variable(name, np.float32, [None] * len(shape))
+                tensor: gs.Tensor = gs.Variable(name)
             else:
                 tensor = gs.Constant(name, np.full([1] * len(shape), default, np.float32))
             self.added[name] = tensor
@@ -529,6 +529,7 @@ class _Writer:
         ir_version: int,
     ) -> onnx.ModelProto:
         from onnxcrp import __version__
+        from onnxcrp.canonize.write import export
 
         graph = self.forward
         own = [t.name for t in graph.outputs]
@@ -547,11 +548,8 @@ class _Writer:
             name=graph.name or "model",
             opset=self.op.opset,
         )
-        proto = gs.export_onnx(made, do_type_check=False)
-        proto.ir_version = ir_version
-        del proto.opset_import[:]
-        proto.opset_import.append(onnx.helper.make_opsetid("", self.op.opset))
-        proto.producer_name, proto.producer_version = "onnxcrp", __version__
+        proto = export(made, ir_version=ir_version)
+        proto.producer_version = __version__
         for name in self.added:
             symbols = [f"{name}[{axis}]" for axis in range(self._ranks[name])]
             proto.graph.input.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, symbols))

@@ -1258,7 +1258,8 @@ def evaluate(
     """Run a whole model with every floating tensor in `dtype`, integers as they are: {output name: array}.
 
     `feeds` may also give inner tensors, which are then not computed. `outputs` may name any tensor (None: the model's
-    outputs); only what they need is computed, and what has no more readers is dropped. `backend`: "numpy", "torch", or "auto": torch's kernels where it is installed.
+    outputs); only what they need is computed, and what has no more readers is dropped. `backend`: "numpy", "torch", or
+    "auto": torch's kernels where it is installed.
     Raises UnsupportedError, which names operator and node, for what cannot be evaluated, InputError for wrong feeds.
     """
     if model.functions:
@@ -1322,9 +1323,9 @@ def _run(
     torch: Any,
 ) -> None:
     """Compute `wanted` into `values`; `outer`: the tensors around a subgraph."""
-    needed, nodes = set(wanted), []
+    needed, nodes, fixed = set(wanted), [], set(values)
     for node in reversed(graph.node):
-        if needed.intersection(node.output) and not values.keys() >= set(filter(None, node.output)):
+        if needed.intersection(node.output) - fixed:
             nodes.append(node)
             needed |= _reads(node)
     readers = Counter(name for node in nodes for name in _reads(node))
@@ -1355,7 +1356,7 @@ def _run(
             results = _call(node.op_type, attrs, given, node.domain, torch, node.name or node.output[0])
             given.clear()
         for name, result in zip(node.output, results, strict=False):
-            if name and readers[name]:
+            if name and readers[name] and name not in fixed:
                 values[name] = _in_floats(result, floats) if isinstance(result, np.ndarray) else result
         for name in _reads(node):
             readers[name] -= 1

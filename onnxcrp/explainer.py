@@ -143,7 +143,7 @@ class Explainer:
             rule, parameters = assign(self.facts, self.composite, [node])[node.name]
         except CompositeError:
             return None, {}
-        return rule, {name: value for name, value in parameters.items() if name != "preprocessing"}
+        return rule, {name: value for name, value in parameters.items() if name != "unchanged"}
 
     def inspect(self) -> dict[str, Any]:
         """What the model is, as plain JSON values: inputs, canonizers, layers, what is unsupported, how batches run."""

@@ -213,7 +213,7 @@ class RelevanceModels:
             explained=names["explained"],
             outputs=names["outputs"],
             shares_forward=json.loads(meta["onnxcrp.facts"])["shares_forward"],
-            size=model.ByteSize(),
+            size=sum(len(tensor.raw_data) for tensor in model.graph.initializer),
         )
 
     # --- sizes --------------------------------------------------------------------------------------------------------

@@ -159,7 +159,8 @@ def test_random_constants_stay_random():
 
 def test_constants_that_would_be_huge_stay_computed():
     model = parse(
-        "net (float[N,1,1] x) => (float[] y) { c = ConstantOfShape(s) y = Add(x, c) }", s=np.array([9000, 9000], np.int64)
+        "net (float[N,1,1] x) => (float[] y) { c = ConstantOfShape(s) y = Add(x, c) }",
+        s=np.array([9000, 9000], np.int64),
     )
     canonical = canonize(model)
     assert ops(canonical) == ["ConstantOfShape", "Add"]

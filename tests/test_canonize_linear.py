@@ -45,9 +45,7 @@ def test_a_plain_gemm_keeps_its_constants():
 
 @pytest.mark.parametrize("c", [[3, 5], [3, 1]])
 def test_gemm_with_rows_of_their_own_adds(c):
-    model = parse(
-        "net (float[3,4] x) => (float[] y) { y = Gemm<beta=0.5>(x, b, c) }", b=random(4, 5), c=random(*c)
-    )
+    model = parse("net (float[3,4] x) => (float[] y) { y = Gemm<beta=0.5>(x, b, c) }", b=random(4, 5), c=random(*c))
     assert ops(check(model, free_batch=False)) == ["Linear", "Add"]
 
 
@@ -59,9 +57,7 @@ def test_gemm_with_equal_rows_has_a_bias():
 
 
 def test_gemm_with_a_computed_addend():
-    model = parse(
-        "net (float[N,4] x, float[N,5] c) => (float[] y) { y = Gemm<beta=0.5>(x, b, c) }", b=random(4, 5)
-    )
+    model = parse("net (float[N,4] x, float[N,5] c) => (float[] y) { y = Gemm<beta=0.5>(x, b, c) }", b=random(4, 5))
     assert ops(check(model)) == ["Linear", "Mul", "Add"]
 
 

@@ -340,7 +340,9 @@ def test_scopes_in_properties(key, text, opset):
 
 def test_operators_outside_modules_have_no_scope():
     model = net(ir_version=10)
-    for node, scopes in zip(model.graph.node, ("['', 'view']", "['_empty_nn_module_stack', 'x']", "oops("), strict=True):
+    for node, scopes in zip(
+        model.graph.node, ("['', 'view']", "['_empty_nn_module_stack', 'x']", "oops("), strict=True
+    ):
         node.metadata_props.add(key="pkg.torch.onnx.name_scopes", value=scopes)
     assert canonize(model).scopes == {}
 

@@ -39,7 +39,8 @@ def test_same_pads_by_hand():
 def test_same_pads_of_a_dilated_kernel_by_hand():
     """A kernel of 3 with dilation 2 spans 5: 4 are padded. onnxruntime declines to run it, so there is no oracle."""
     model = parse(
-        'net (float[N,1,8] x) => (float[] y) { y = Conv<auto_pad="SAME_UPPER", dilations=[2]>(x, w) }', w=random(1, 1, 3)
+        'net (float[N,1,8] x) => (float[] y) { y = Conv<auto_pad="SAME_UPPER", dilations=[2]>(x, w) }',
+        w=random(1, 1, 3),
     )
     assert canonize(model).graph.nodes[0].attrs["pads"] == [2, 2]
 

@@ -15,16 +15,22 @@ from onnxcrp.canonize.activations import fuse_activations
 from onnxcrp.canonize.batch import free_batch as free
 from onnxcrp.canonize.batchnorm import fold_batchnorm
 from onnxcrp.canonize.constants import fold_constants
+from onnxcrp.canonize.contrib import expand_composites
 from onnxcrp.canonize.linear import normalize_linear
 from onnxcrp.canonize.load import SCOPE
 from onnxcrp.canonize.load import load as read
+from onnxcrp.canonize.norms import fuse_norms
 from onnxcrp.canonize.pads import explicit_pads
+from onnxcrp.canonize.qlinear import dequantize_operators
 from onnxcrp.canonize.quantize import keep_quantization
+from onnxcrp.canonize.recurrent import unroll_recurrent
 from onnxcrp.canonize.report import PassReport
 from onnxcrp.canonize.shapes import infer_shapes
 from onnxcrp.canonize.write import write as to_model
 
 __all__ = ["Canonical", "PassReport", "canonize"]
+
+RENAMED = {"Linear"}  # canonical operators that stand for one node of the file
 
 
 @dataclass
@@ -63,15 +69,27 @@ def canonize(model: str | os.PathLike | onnx.ModelProto, *, free_batch: bool = T
     reports = [source.report]
     infer_shapes(graph)
     reports.append(fold_constants(graph, batch_unknown=free_batch))
-    infer_shapes(graph)
+    if reports[-1].done:
+        infer_shapes(graph)
+    for step in (dequantize_operators, expand_composites):
+        reports.append(step(graph))
+        if reports[-1].done:  # only now are there shapes after what was taken apart
+            infer_shapes(graph)
+            reports.append(fold_constants(graph, batch_unknown=free_batch))
+            infer_shapes(graph)
+    reports.append(unroll_recurrent(graph, source.scopes))
+    if reports[-1].done:
+        infer_shapes(graph)
+        reports.append(fold_constants(graph, batch_unknown=free_batch))
     if free_batch:
         report, batch = free(graph)
         reports.append(report)
-        infer_shapes(graph, forget=batch == "freed")
+        if report.done:
+            infer_shapes(graph, forget=True)
         reports.append(fold_constants(graph))
     else:
         batch = "dynamic" if _is_dynamic(graph) else "fixed"
-    reports.append(fuse_activations(graph))
+    reports += [fuse_norms(graph), fuse_activations(graph)]
     reports += [step(graph) for step in (normalize_linear, explicit_pads, fold_batchnorm, keep_quantization)]
     infer_shapes(graph)
     names = {node.name for node in graph.nodes}
@@ -84,7 +102,7 @@ def canonize(model: str | os.PathLike | onnx.ModelProto, *, free_batch: bool = T
         batch=batch,
         scopes={name: scope for name, scope in source.scopes.items() if name in names},
         weights={name: weight for name, weight in source.weights.items() if name in names},
-        sources={n.name: source.ops[n.name] for n in graph.nodes if source.ops.get(n.name, n.op) != n.op},
+        sources={n.name: source.ops[n.name] for n in graph.nodes if n.op in RENAMED and source.ops.get(n.name)},
         metadata=source.metadata,
     )
 

@@ -102,7 +102,7 @@ def _evaluate(node: gs.Node, opset: int) -> list[np.ndarray] | str:
     if node.op in RANDOM:
         return "random"
     inputs = [value(node, index) for index in range(len(node.inputs))]
-    if node.op == "DequantizeLinear" and not node.attrs.get("block_size") and inputs[0] is not None:
+    if node.op == "DequantizeLinear" and not set(node.attrs) - {"axis"} and inputs[0] is not None:
         zero = inputs[2] if len(inputs) > 2 else None
         return [dequantize(inputs[0], np.asarray(inputs[1]), zero, int(node.attrs.get("axis", 1)))]
     read = sum(array.nbytes for array in inputs if array is not None)
@@ -241,7 +241,7 @@ def _reshape(node: gs.Node, sizes: dict[str, Sizes], names: Names, batch_unknown
     constant = value(node, 1)
     before: Sizes | None = sizes.get(node.inputs[1].name) if constant is None else [int(n) for n in constant]
     data = _named(node.inputs[0], batch_unknown) or []
-    if not before or node.attrs.get("allowzero", 0):
+    if not before or (node.attrs.get("allowzero", 0) and 0 in before):
         return None
     after: Sizes = list(before)
     for axis, size in enumerate(before[: len(data)]):
@@ -255,6 +255,7 @@ def _reshape(node: gs.Node, sizes: dict[str, Sizes], names: Names, batch_unknown
     if after == before or not all(isinstance(size, int) for size in after):
         return None
     set_constant(node, 1, np.array(after, np.int64), names.fresh(f"{node.name}/shape"))
+    node.attrs.pop("allowzero", None)
     return f"{describe(node)}: to {after}"
 
 

@@ -92,7 +92,7 @@ def set_output(node: gs.Node, tensor: gs.Tensor) -> None:
 
 def set_constant(node: gs.Node, index: int, values: np.ndarray, name: str) -> None:
     """Let `node` read a constant of its own; `index` may be one past its last input."""
-    tensor = gs.Constant(name, np.ascontiguousarray(values))
+    tensor = gs.Constant(name, values)
     if index < len(node.inputs):
         set_input(node, index, tensor)
     else:

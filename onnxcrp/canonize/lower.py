@@ -13,7 +13,8 @@ def lower(graph: gs.Graph) -> gs.Graph:
     """A copy of `graph` in standard operators; tensors keep their names, nodes too unless they become several.
 
     Linear -> Gemm(transB=1) for [N, in], else MatMul(+ Add);  Silu(x; alpha=1) = x sigmoid(alpha x);
-    Gelu -> Gelu (opset >= 20), else x (1 + erf(x/sqrt 2))/2 or x (1 + tanh(sqrt(2/pi)(x + 0.044715 x^3)))/2.
+    Gelu -> Gelu (opset >= 20), else x (1 + erf(x/sqrt 2))/2 or x (1 + tanh(sqrt(2/pi)(x + 0.044715 x^3)))/2;
+    RmsNorm -> RMSNormalization (opset >= 23), else x / sqrt(mean(x^2) + epsilon) g, in float32 at least.
     """
     graph = graph.copy()
     write = _Write(graph)
@@ -60,8 +61,7 @@ class _Write:
     def transposed(self, weight: gs.Constant) -> gs.Constant:
         """[out, in] -> [in, out], written once per weight."""
         if weight.name not in self.constants:
-            values = np.ascontiguousarray(weight.values.T)
-            self.constants[weight.name] = gs.Constant(self.names.fresh(f"{weight.name}.T"), values)
+            self.constants[weight.name] = gs.Constant(self.names.fresh(f"{weight.name}.T"), weight.values.T)
         return self.constants[weight.name]
 
 
@@ -104,4 +104,24 @@ def _gelu(write: _Write, inputs: list[gs.Tensor], output: gs.Tensor, attrs: dict
     write("Mul", doubled, write.number(0.5, dtype), output=output, name=write.name)
 
 
-WRITTEN = {"Linear": _linear, "Silu": _silu, "Gelu": _gelu}
+def _rms_norm(write: _Write, inputs: list[gs.Tensor], output: gs.Tensor, attrs: dict) -> None:
+    """x / sqrt(mean(x^2) + epsilon) g, the mean over the axes from `axis` (< 0) to the last."""
+    x, gain = inputs
+    axis, epsilon = int(attrs["axis"]), float(attrs["epsilon"])
+    if write.opset >= 23:
+        write("RMSNormalization", x, gain, output=output, name=write.name, axis=axis, epsilon=epsilon)
+        return
+    half = isinstance(x.dtype, int) or x.dtype == np.float16
+    wide = write("Cast", x, to=onnx.TensorProto.FLOAT) if half else x
+    dtype = np.dtype(np.float32 if half or x.dtype is None else x.dtype)
+    axes = gs.Constant(write.names.fresh(f"{write.name}/axes"), np.arange(axis, 0, dtype=np.int64))
+    mean = write("ReduceMean", write("Mul", wide, wide), axes)
+    root = write("Sqrt", write("Add", mean, write.number(epsilon, dtype)))
+    normed = write("Div", wide, root)
+    if half:
+        to = x.dtype if isinstance(x.dtype, int) else onnx.TensorProto.FLOAT16
+        normed = write("Cast", normed, to=to)
+    write("Mul", normed, gain, output=output, name=write.name)
+
+
+WRITTEN = {"Linear": _linear, "Silu": _silu, "Gelu": _gelu, "RmsNorm": _rms_norm}

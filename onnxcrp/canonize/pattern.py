@@ -52,7 +52,10 @@ class Region:
         """/layer1/act/Mul, /layer1/act/Sigmoid -> /layer1/act/Silu; the last node's name where there is no scope."""
         scopes = [node.name.split("/")[:-1] for node in self.nodes]
         shared = [part for part, *others in zip(*scopes, strict=False) if all(part == other for other in others)]
-        return names.fresh("/".join([*shared, op])) if any(shared) else self.nodes[-1].name
+        wanted = "/".join([*shared, op])
+        if not any(shared) or self.nodes[-1].name == wanted:  # as `lower` names the last of several nodes
+            return self.nodes[-1].name
+        return names.fresh(wanted)
 
     def values(self, x: np.ndarray, table: Mapping[str, Evaluate]) -> np.ndarray:
         """The output for input values `x`, computed in float64 by `table`'s function for each op."""

@@ -17,6 +17,7 @@ class Net:
     name: str
     shape: tuple[int, ...]
     layers: tuple[str, str]
+    samples: int = 2
 
 
 NETS = {
@@ -29,7 +30,7 @@ NETS = {
         Net("resnet50", (3, 64, 64), ("layer4.1.conv2", "layer2.1.conv1")),
         Net("googlenet", (3, 64, 64), ("inception5a.branch2.1.conv", "inception4b.branch3.0.conv")),
         Net("densenet121", (3, 64, 64), ("features.denseblock3.denselayer10.conv1", "features.denseblock2.denselayer5.conv1")),
-        Net("vgg16", (3, 224, 224), ("features.28", "features.17")),
-        Net("vgg16_bn", (3, 224, 224), ("features.40", "features.24")),
+        Net("vgg16", (3, 224, 224), ("features.28", "features.17"), 1),
+        Net("vgg16_bn", (3, 224, 224), ("features.40", "features.24"), 1),
     )
 }  # fmt: skip
