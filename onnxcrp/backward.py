@@ -45,6 +45,7 @@ def compile(
     activations: Sequence[str] = (),
     keep_head: bool = False,
     masks: str = "optional",
+    per_sample: bool = True,
     flip_convolutions: bool = True,
     opset: int | None = None,
     ir_version: int = 10,
@@ -58,6 +59,8 @@ def compile(
     of `record` `relevance.<layer>` before the mask, or with `reduce` (of sum, max, argmax) one number per concept; for
     each of `activations` `activation.<layer>`. Relevance has batch 1 or N: the larger of target, masks and samples.
 
+    Where axis 0 of a layer does not count samples (windows, merged rows), its mask, seed and outputs still are
+    [N, k, ...], unless `per_sample` is False: then they are laid out as the layer's own tensor is.
     `bypass="cut"`: only relevance that passes through every conditioned layer goes on; `"keep"`: masks alone apply.
     Errors: ModelError, UnsupportedError (all operators at once), CompositeError, QuestionError.
     """
@@ -75,6 +78,7 @@ def compile(
         load(composite),
         bypass=bypass,
         start_from=start_from,
+        per_sample=per_sample,
         flip_convolutions=flip_convolutions,
         opset=max(opset or 0, 18, _opset(canonical.graph)),
     )
@@ -148,13 +152,22 @@ class _Writer:
     """Writes one relevance model."""
 
     def __init__(
-        self, facts: Facts, composite: Composite, *, bypass: str, start_from: str, flip_convolutions: bool, opset: int
+        self,
+        facts: Facts,
+        composite: Composite,
+        *,
+        bypass: str,
+        start_from: str,
+        per_sample: bool,
+        flip_convolutions: bool,
+        opset: int,
     ) -> None:
         from onnxcrp.canonize.lower import lower
 
         self.facts = facts
         self.composite = composite
         self.bypass = bypass
+        self.per_sample = per_sample
         self.start_from = start_from
         forward = lower(facts.graph)
         self.forward_nodes = list(forward.nodes)
@@ -244,7 +257,9 @@ class _Writer:
             self.vanishing[facts.explained] = how != "one"
             return [facts.explained]
         for tensor in self.started:
-            seed = self._add_input(self.seed_of[tensor], dims(facts.tensors[tensor]), default=0.0)
+            seed = self._add_input(self.seed_of[tensor], self._seen(tensor), default=0.0)
+            with op.scope("R", "seed", self.layer_name(tensor)):
+                seed = self._inward(tensor, seed)
             if self.start_from == "activation":
                 with op.scope("R", "seed", self.layer_name(tensor)):
                     z = self._float(tensor)
@@ -337,8 +352,8 @@ class _Writer:
             if name in self.recorded:
                 self.relevance[name] = R
             if name in self.mask_of:
-                mask = self._add_input(self.mask_of[name], dims(self.facts.tensors[name]), default=1.0)
-                R = R * mask
+                mask = self._add_input(self.mask_of[name], self._seen(name), default=1.0)
+                R = R * self._inward(name, mask)
                 self._masked[name] = R
         self.messages[name] = [R]
         return R
@@ -401,6 +416,29 @@ class _Writer:
             readers = [r for r in readers if r.name in self.rules]
         return bool(readers) and all(r.op == "Relu" and self.rules.get(r.name, ("pass",))[0] == "pass" for r in readers)
 
+    # ---- layers as a user sees them: axis 0 counts samples -----------------------------------------------------
+    def _place(self, tensor: str) -> tuple[int, int]:
+        return self.facts.places.get(tensor, (0, 1)) if self.per_sample else (0, 1)
+
+    def _seen(self, tensor: str) -> list[Any]:
+        return self.facts.seen(tensor) if self.per_sample else dims(self.facts.tensors[tensor])
+
+    def _outward(self, tensor: str, value: Value) -> Value:
+        """[B k, ...] -> [B, k, ...], [3, B, ...] -> [B, 3, ...]."""
+        op, (axis, each), rank = self.op, self._place(tensor), len(dims(self.facts.tensors[tensor]))
+        if axis:
+            value = op.Transpose(value, perm=[axis, *(i for i in range(rank) if i != axis)])
+        return op.Reshape(value, op.Concat([-1, each], op.shape(value, 1), axis=0)) if each > 1 else value
+
+    def _inward(self, tensor: str, value: Value) -> Value:
+        """The inverse for what is fed, which may be 1 along any axis."""
+        op, (axis, each), rank = self.op, self._place(tensor), len(dims(self.facts.tensors[tensor]))
+        if each > 1:
+            samples = op.Div(op.shape(op.value(self.tensor[tensor]), axis, axis + 1), [each])
+            value = op.Expand(value, op.Concat(samples, [each, *[1] * (rank - 1)], axis=0))
+            value = op.Reshape(value, op.Concat([-1], op.shape(value, 2), axis=0))
+        return op.Transpose(value, perm=[*range(1, axis + 1), 0, *range(axis + 1, rank)]) if axis else value
+
     # ---- small things ------------------------------------------------------------------------------------------
     def _float(self, name: str) -> Value:
         tensor = self.tensor[name]
@@ -431,7 +469,7 @@ class _Writer:
             else:
                 tensor = gs.Constant(name, np.full([1] * len(shape), default, np.float32))
             self.added[name] = tensor
-            self._inputs[name] = Value(self.op, tensor)
+            self._inputs[name] = Value(self.op, tensor, message=True)
             self._defaults[name] = default
             self._ranks[name] = len(shape)
         return self._inputs[name]
@@ -453,7 +491,7 @@ class _Writer:
         # declared even where no relevance arrives, so that the interface does not depend on what vanished
         for names, default in ((self.mask_of, 1.0), (self.seed_of, 0.0)):
             for tensor, name in names.items():
-                self._add_input(name, dims(self.facts.tensors[tensor]), default=default)
+                self._add_input(name, self._seen(tensor), default=default)
 
     # ---- the file ----------------------------------------------------------------------------------------------
     def finish(
@@ -482,10 +520,12 @@ class _Writer:
             names["inputs"][tensor] = put(f"relevance.{tensor}", R, len(dims(facts.tensors[tensor])))
         for kind, tensors in (("relevance", self.recorded), ("activation", activations)):
             for tensor in tensors:
-                layer, rank = self.layer_name(tensor), len(dims(facts.tensors[tensor]))
+                layer, rank = self.layer_name(tensor), len(self._seen(tensor))
                 value = self._float(tensor)
                 if kind == "relevance":
                     value = self._never_zero(self.relevance[tensor], tensor)
+                with self.op.scope("R", "record", layer):
+                    value = self._outward(tensor, value)
                 if not reduce:
                     names[kind][layer] = put(f"{kind}.{layer}", value, rank)
                     continue
@@ -501,7 +541,7 @@ class _Writer:
         if not R.is_zero:
             return R
         with self.op.scope("R", "zero"):
-            return self.op.Mul(self._float(tensor), 0.0)
+            return self.op.Expand(0.0, self.op.shape(self._float(tensor)))  # times 0 would keep the -inf of a mask
 
     def _reduced(self, value: Value, how: str, rank: int, layer: str) -> Value:
         """Sum, maximum or position of the maximum over all axes but the batch and the concepts': [N, C]."""
@@ -509,7 +549,10 @@ class _Writer:
         if rank < 3:
             return op.ArgMax(op.Unsqueeze(value, [2]), axis=2, keepdims=0) if how == "argmax" else value
         with op.scope("R", layer, how):
-            concept = concept_axis(self.facts, self.facts.names.resolve(layer))
+            node = self.facts.names.resolve(layer)
+            concept = concept_axis(self.facts, node)
+            if self.per_sample:
+                concept = self.facts.seen_axis(node.outputs[0].name, concept)
             if concept != 1:
                 others = [axis for axis in range(1, rank) if axis != concept]
                 value = op.Transpose(value, perm=[0, concept, *others])
@@ -642,23 +685,26 @@ def concept_axis(facts: Facts, node: gs.Node) -> int:
     rank = len(dims(node.outputs[0]))
     if rank < 3:
         return 1 if rank > 1 else 0
-    axes = list(range(rank))  # where the axes of the tensor looked at have gone
+    axes: list[int | None] = list(range(rank))  # where the axes of the tensor looked at have gone
     current: gs.Node | None = node
     for _ in range(64):
         if current is None or current.op not in OPS:
             break
         family = facts.family(current)
-        if family == "convolution":
-            return axes[1]
-        if family in _FEATURES_LAST:
-            return axes[-1]
+        if family == "convolution" or family in _FEATURES_LAST:
+            found = axes[1 if family == "convolution" else -1]
+            return 1 if found is None else found
         data = facts.carries(current)
         source = current.inputs[data[0]] if data else None
-        if source is None or source.shape is None or len(source.shape) != rank:
+        if source is None or source.shape is None:
             break
-        if current.op == "Transpose":
-            perm = current.attrs.get("perm") or list(range(rank))[::-1]
-            axes = [axes[perm.index(axis)] for axis in range(rank)]
+        if len(source.shape) != len(axes):  # rows merged or parted, features as they were
+            if source.shape[-1] != current.outputs[0].shape[-1]:
+                break
+            axes = [*[None for _ in source.shape[1:]], axes[-1]]
+        elif current.op == "Transpose":
+            perm = current.attrs.get("perm") or list(range(len(axes)))[::-1]
+            axes = [axes[perm.index(axis)] for axis in range(len(axes))]
         current = facts.producer.get(source.name)
     return 1
 

@@ -590,7 +590,7 @@ def _layer_normalization(attrs: Attributes, x: np.ndarray, scale: np.ndarray, b:
     return (y if b is None else y + b), mean, inverse
 
 
-@kernel("RMSNormalization")
+@kernel("RMSNormalization", "RmsNorm")
 def _rms_normalization(attrs: Attributes, x: np.ndarray, scale: np.ndarray) -> np.ndarray:
     axes = tuple(range(attrs.get("axis", -1) % x.ndim, x.ndim))
     return x / np.sqrt(np.square(x).mean(axes, keepdims=True) + attrs.float("epsilon", 1e-5)) * scale

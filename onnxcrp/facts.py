@@ -7,6 +7,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import onnx
+import onnx.shape_inference
 import onnx_graphsurgeon as gs
 
 from onnxcrp.errors import CompositeError, QuestionError, UnsupportedError
@@ -50,7 +52,7 @@ def dims(tensor: gs.Tensor) -> list[Any]:
 class Facts:
     """What can be known of a canonical model before it runs.
 
-    `output` names the model output to be explained (the first one if None), `inputs` those whose relevance is asked
+    `output` names the model output to be explained (the first floating-point one if None), `inputs` those whose relevance is asked
     for (None: all that relevance can reach). The seed starts before a terminal Softmax or Sigmoid unless `keep_head`.
     """
 
@@ -92,8 +94,9 @@ class Facts:
     # ---- where data flows --------------------------------------------------------------------------------------
     def _choose_output(self, name: str | None) -> str:
         outputs = [tensor.name for tensor in self.graph.outputs]
-        if name is None:
-            return outputs[0]
+        if name is None:  # classifiers of ai.onnx.ml put the label before the scores
+            floats = [t.name for t in self.graph.outputs if t.dtype is not None and np.dtype(t.dtype).kind == "f"]
+            return (floats or outputs)[0]
         if name not in outputs:
             raise QuestionError(f"the model has no output {name!r}", hint=f"its outputs: {', '.join(outputs)}")
         return name
@@ -262,6 +265,61 @@ class Facts:
     def shares_forward(self) -> bool:
         """Whether N conditions on one sample need one forward pass at batch 1."""
         return not self.batch_breaks
+
+    @cached_property
+    def places(self) -> dict[str, tuple[int, int]]:
+        """Where samples are in tensors whose axis 0 does not count them: (axis, how many of its entries each has).
+
+        Windows and merged rows are [B * k, ...], entries of a sample side by side; attention may have [3, B, ...].
+        Found by inferring shapes for two sizes of the batch; a tensor of which that tells nothing is left out.
+        """
+        if not self.batch_breaks or self.canonical.batch == "fixed":
+            return {}
+        small, large = 7, 11
+        few, many = self._shapes_for(small), self._shapes_for(large)
+        found = {}
+        for name in self.data & few.keys() & many.keys():
+            differ = [(i, a, b) for i, (a, b) in enumerate(zip(few[name], many[name], strict=False)) if a != b]
+            if len(differ) == 1:
+                ((axis, a, b),) = differ
+                if a and b and a % small == 0 and a // small == b / large and (axis, a) != (0, small):
+                    found[name] = (axis, a // small)
+        return found
+
+    def _shapes_for(self, batch: int) -> dict[str, list[int | None]]:
+        """Shapes of all tensors if there were `batch` samples, as far as onnx can tell."""
+        from onnxcrp.canonize.load import BIG
+        from onnxcrp.canonize.write import write
+
+        model = write(self.graph, largest=BIG, claims=False)
+        ports = {tensor.name: tensor.shape for tensor in self.graph.inputs}
+        for port in model.graph.input:
+            if port.name in ports and ports[port.name] and not isinstance(ports[port.name][0], int):
+                port.type.tensor_type.shape.dim[0].dim_value = batch
+        del model.graph.value_info[:]
+        try:
+            model = onnx.shape_inference.infer_shapes(model, data_prop=True)
+        except Exception:  # onnx raises several kinds, and nothing is wrong where it cannot tell
+            return {}
+        return {
+            info.name: [d.dim_value if d.HasField("dim_value") else None for d in info.type.tensor_type.shape.dim]
+            for info in (*model.graph.value_info, *model.graph.output)
+            if info.type.tensor_type.HasField("shape")
+        }
+
+    def seen(self, name: str) -> list[Any]:
+        """Dimensions of a tensor as a mask, record or seed has them: [batch, ...], and [batch, k, ...] if merged."""
+        shape = dims(self.tensors[name])
+        if name not in self.places:
+            return shape
+        axis, each = self.places[name]
+        rest = [*shape[:axis], *shape[axis + 1 :]]
+        return [None, *([each] if each > 1 else []), *rest]
+
+    def seen_axis(self, name: str, axis: int) -> int:
+        """An axis of a tensor, counted as in `seen`."""
+        place, each = self.places.get(name, (0, 1))
+        return (axis + 1 if axis < place else axis if axis != place else 0) + (each > 1 and axis != place)
 
     def _breaks_batch(self, node: gs.Node) -> str | None:
         data = self.carries(node)

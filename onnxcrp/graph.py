@@ -26,24 +26,37 @@ _SMALL = 4096  # constants up to this many elements are shared by content, large
 class Value:
     """A tensor of the graph being written: a variable, a constant, or a symbolic zero.
 
-    `nonnegative` is a static fact: no element is below zero.
+    `nonnegative` is a static fact: no element is below zero. `message` says that it depends on what is asked, so that
+    it may have as many rows as there are questions, while what is no message is computed once for the sample. A product
+    of a message and such a factor is written late: divided by another factor it stays one product, and
+    a . T(s) / z costs one pass over the questions, not two.
     """
 
     __array_ufunc__ = None  # numpy must not swallow `array * value`
     __hash__ = object.__hash__
 
     def __init__(
-        self, graph: Graph, tensor: gs.Tensor | None, array: np.ndarray | None = None, *, nonnegative: bool = False
+        self,
+        graph: Graph,
+        tensor: gs.Tensor | None,
+        array: np.ndarray | None = None,
+        *,
+        nonnegative: bool = False,
+        message: bool = False,
+        product: tuple[Value, Value] | None = None,
     ) -> None:
         self.graph = graph
         self._tensor = tensor
         self.array = array
+        self.message = message
+        self.product = product  # (factor, message), not written yet
+        self._scope = list(graph._scope) if product else []
         self.nonnegative = nonnegative or (array is not None and array.dtype.kind in "fiu" and bool((array >= 0).all()))
 
     @property
     def is_zero(self) -> bool:
         """True for the symbolic zero."""
-        return self._tensor is None and self.array is None
+        return self._tensor is None and self.array is None and self.product is None
 
     @property
     def is_constant(self) -> bool:
@@ -52,8 +65,13 @@ class Value:
 
     @property
     def tensor(self) -> gs.Tensor:
-        """The graphsurgeon tensor; made on first use for constants."""
+        """The graphsurgeon tensor; made on first use for constants and products."""
         if self._tensor is None:
+            if self.product is not None:
+                factor, message = self.product
+                with self.graph.back_in(self._scope):
+                    self._tensor = self.graph.Mul(message, factor).tensor
+                return self._tensor
             if self.array is None:
                 raise ValueError("a symbolic zero has no tensor: it must not reach a node")
             self._tensor = gs.Constant(self.graph.unique("constant"), np.asarray(self.array, order="C"))
@@ -70,6 +88,8 @@ class Value:
     def __repr__(self) -> str:
         if self.is_zero:
             return "Value(0)"
+        if self._tensor is None and self.product is not None:
+            return f"Value({self.product[0]!r} * {self.product[1]!r})"
         return f"Value({self.name}{', constant' if self.is_constant else ''})"
 
     # A sum drops zeros, a product is swallowed by them: this is where branches that cannot matter disappear.
@@ -95,7 +115,11 @@ class Value:
             return self
         if other.is_zero or self._is_scalar(1):
             return other
-        return self.graph.Mul(self, other)._if(nonnegative=self.nonnegative and other.nonnegative)
+        nonnegative = self.nonnegative and other.nonnegative
+        if self.message != other.message:
+            factor, message = (other, self) if self.message else (self, other)
+            return self.graph.scaled(factor, message)._if(nonnegative=nonnegative)
+        return self.graph.Mul(self, other)._if(nonnegative=nonnegative)
 
     def __truediv__(self, other: Any) -> Value:
         other = self.graph.as_value(other)
@@ -103,7 +127,11 @@ class Value:
             raise ZeroDivisionError("division by a symbolic zero")
         if self.is_zero or other._is_scalar(1):
             return self
-        return self.graph.Div(self, other)._if(nonnegative=self.nonnegative and other.nonnegative)
+        nonnegative = self.nonnegative and other.nonnegative
+        if self.product is not None and not other.message:
+            factor, message = self.product
+            return self.graph.scaled(factor / other, message)._if(nonnegative=nonnegative)
+        return self.graph.Div(self, other)._if(nonnegative=nonnegative)
 
     def __matmul__(self, other: Any) -> Value:
         other = self.graph.as_value(other)
@@ -219,6 +247,15 @@ class Graph:
         finally:
             del self._scope[-len(names) :]
 
+    @contextmanager
+    def back_in(self, scope: list[str]) -> Iterator[None]:
+        """Write what was thought of earlier under the name it had then."""
+        now, self._scope = self._scope, scope
+        try:
+            yield
+        finally:
+            self._scope = now
+
     def unique(self, name: str) -> str:
         """A name nobody has yet, below the current scope."""
         base = "/".join([*self._scope, name])
@@ -267,6 +304,8 @@ class Graph:
                 gs.Node(op=op, name=name, attrs=attrs, inputs=node_inputs, outputs=tensors, domain=domain)
             )
             made = tuple(self.value(tensor) for tensor in tensors)
+            for each in made:
+                each.message = any(value is not None and value.message for value in values)
             result = made[0] if outputs == 1 else made
         self._written[key] = (result, values)  # keeps the operands alive, so that no id is used twice
         return result
@@ -281,11 +320,26 @@ class Graph:
         return self.constant(result if result.dtype.kind == "b" else result.astype(arrays[-1].dtype, copy=False))
 
     # ---- what arithmetic alone does not say --------------------------------------------------------------------
-    def where(self, condition: Any, yes: Any, no: Any) -> Value:
+    def scaled(self, factor: Value, message: Value) -> Value:
+        """`message` times a factor that is the same for all questions; written when somebody reads it."""
+        if message.product is not None:
+            inner, message = message.product
+            factor = inner * factor
+        if factor._is_scalar(1):
+            return message
+        key = ("scaled", id(factor), id(message))
+        if key not in self._written:
+            self._written[key] = (Value(self, None, message=True, product=(factor, message)), [factor, message])
+        return self._written[key][0]
+
+    def where(self, condition: Value, yes: Any, no: Any) -> Value:
         """`yes` where the condition holds, else `no`; zeros allowed."""
         yes, no = self.as_value(yes), self.as_value(no)
         if yes.is_zero and no.is_zero:
             return self.zero
+        if yes.product is not None and no.is_zero and not condition.message:
+            factor, message = yes.product
+            return self.scaled(self.where(condition, factor, 0.0), message)
         yes, no = (self.as_value(0.0) if value.is_zero else value for value in (yes, no))
         return self.Where(condition, yes, no)._if(nonnegative=yes.nonnegative and no.nonnegative)
 

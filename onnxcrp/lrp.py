@@ -348,10 +348,9 @@ def signal(layer: Layer, R: Value) -> Any:
 
     Without one gate on exactly one side both factors are alike: `half`, for matrix products `matmul`.
     """
-    gates = layer.gates
-    if layer.node.op == "Div" or len(gates) != 1:
+    if layer.node.op == "Div" or len(layer.gates) != 1:
         return half(layer, R) if layer.family == "product" else matmul(layer, R)
-    closed = gates.pop()
+    (closed,) = layer.gates
     if layer.family == "product":
         return Parts(layer.op.zero if i == closed else R for i in (0, 1))
     s = R / layer.stab(layer.z)

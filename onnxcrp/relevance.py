@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -105,8 +105,10 @@ class RelevanceModels:
             raise QuestionError(f"layers are named by strings, got {name!r}")
         node = self.facts.names.resolve(name)
         tensor = node.outputs[0]
-        axis = 1 if tensor.shape is None else concept_axis(self.facts, node)
-        return Layer(self.facts.names.of(node), tensor.name, shape_of(tensor), axis)
+        if tensor.shape is None:
+            return Layer(self.facts.names.of(node), tensor.name, (), 1)
+        axis = self.facts.seen_axis(tensor.name, concept_axis(self.facts, node))
+        return Layer(self.facts.names.of(node), tensor.name, as_shape(self.facts.seen(tensor.name)), axis)
 
     @cached_property
     def inputs(self) -> dict[str, tuple[np.dtype, Shape]]:
@@ -262,8 +264,13 @@ class RelevanceModels:
 
 def shape_of(tensor: gs.Tensor) -> Shape:
     """Shape of a tensor: ints where static, symbols or None elsewhere; () where not even the rank is known."""
+    return as_shape(tensor.shape if tensor.shape is not None else ())
+
+
+def as_shape(sizes: Iterable[Any]) -> Shape:
+    """Sizes as ints where static, symbols or None elsewhere."""
     found: list[int | str | None] = []
-    for d in tensor.shape if tensor.shape is not None else ():
+    for d in sizes:
         if isinstance(d, (int, np.integer)):
             found.append(int(d) if d >= 0 else None)
         else:

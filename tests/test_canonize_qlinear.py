@@ -11,6 +11,8 @@ import onnx.parser
 import onnxruntime as ort
 import pytest
 
+from onnxcrp.canonize import canonize
+
 from .support.canonical import check, ops, said
 
 PASS = "integer operators"
@@ -151,6 +153,16 @@ def test_dynamic_matmul_as_onnxruntime_fuses_it() -> None:
     assert sorted(float_ops(canonical)) == ["DynamicQuantizeLinear", "DynamicQuantizeLinear", "Linear", "Linear"]
 
 
+def test_quantized_attention() -> None:
+    """Dequantized, then taken apart as Attention is."""
+    body = "y = com.microsoft.QAttention<num_heads = 2>(x, w, b, xs, ws, m, xz, wz)"
+    given = {"w": weights(6, 24), "ws": scale(0.01), "wz": np.int8(0), "b": np.linspace(-1, 1, 24, dtype=np.float32)}
+    inputs = "uint8[N, 5, 6] x, int32[N] m"
+    canonical = check(model(body, inputs, "float[N, 5, 8] y", **given, **X), tolerance=1e-4)
+    assert ops(canonical).count("Linear") == 3
+    assert "Softmax" in ops(canonical)
+
+
 @pytest.mark.parametrize(
     ("body", "reason"),
     [
@@ -167,8 +179,6 @@ def test_declined_with_a_reason(body, reason) -> None:
     given = {"w": weights(*((4, 3, 3, 3) if conv else (6, 4))), "wz": np.int8(0), **rows, **Y}
     given |= {"b": np.zeros(4, np.int32)} if conv else {"ws": scale(0.1)}
     inputs = f"{X8}, float[N] f" if conv else "uint8[2, 6] x"
-    from onnxcrp.canonize import canonize
-
     canonical = canonize(model(body, inputs, "uint8[A, B, C, D] y" if conv else "uint8[2, 4] y", **given))
     assert any(op.startswith("QLinear") for op in ops(canonical))
     assert reason in said(canonical, PASS)

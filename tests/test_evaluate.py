@@ -539,6 +539,15 @@ def test_inner_tensors_can_be_given():
     np.testing.assert_array_equal(evaluate(model, {"x": [1.0], "a": [5.0]})["y"], [-4])
 
 
+def test_one_output_of_a_node_can_be_given():
+    model = onnx.parser.parse_model("""<ir_version: 8, opset_import: ["" : 18]>
+        g (float[1, 1, 3] x) => (float[1, 1, 2] y, int64[1, 1, 2] i) { y, i = MaxPool<kernel_shape = [2]>(x) }""")
+    chosen = np.asarray([[[0, 1]]])
+    result = evaluate(model, {"x": [[[1.0, 1.0, 0.0]]], "i": chosen})
+    np.testing.assert_array_equal(result["i"], chosen)
+    np.testing.assert_array_equal(result["y"], [[[1, 1]]])
+
+
 def test_default_of_an_input_can_be_overridden():
     model = onnx.parser.parse_model("""<ir_version: 8, opset_import: ["" : 18]>
         g (float[N] x, float[N] mask) => (float[N] y) { y = Mul(x, mask) }""")
@@ -632,7 +641,7 @@ def export(net: torch.nn.Module, x: torch.Tensor) -> onnx.ModelProto:
 
 @pytest.mark.parametrize("name", ["resnet18", "squeezenet1_1"])
 def test_whole_nets_as_torch_in_double(name):
-    from support import peers
+    from tests.support import peers
 
     peers.load()
     import torchvision
@@ -657,7 +666,7 @@ def test_whole_nets_as_torch_in_double(name):
 
 @pytest.mark.slow
 def test_vgg_at_224_takes_seconds():
-    from support import peers
+    from tests.support import peers
 
     peers.load()
     import torchvision
@@ -671,4 +680,4 @@ def test_vgg_at_224_takes_seconds():
     with torch.no_grad():
         expected = net.double()(x.double()).numpy()
     assert np.linalg.norm(ours - expected) < 1e-12 * np.linalg.norm(expected)
-    assert seconds < 60
+    assert seconds < 120  # and not hours; the machine may be busy

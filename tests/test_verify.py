@@ -237,6 +237,46 @@ def test_fixtures(name):
     assert report.model == str(path)
 
 
+@pytest.mark.parametrize("composite", ["attnlrp(gamma=0.25)", "epsilon"])
+@pytest.mark.parametrize("name", ["vit", "bert", "gpt", "vit_gated"])
+def test_transformers(name, composite, tmp_path):
+    """Attention, softmax, layer normalization, gates, embeddings: sums by numpy against the relevance model's."""
+    from tests.support import transformers
+
+    net = transformers.build(name)
+    path = transformers.export(net, "torchscript", tmp_path)
+    x = {key: value.numpy() for key, value in net.example(1, seed=9).items()}
+    target = (5, 3) if name == "gpt" else 1
+    report = verify(path, x, composite=composite, target=target, float64=True, spread_bias=True)
+    assert {c.name: (c.ok, c.detail) for c in report.checks if c.ok is not True} == {}
+    assert not report.losses["not itemised"]
+    assert bool(report.losses["softmax"]) == (composite != "epsilon")
+    assert report.losses["bias"]
+
+
+def test_losses_of_a_softmax_by_hand():
+    """Scores [2, 0, 0] closed at the third: s = [0.881, 0.119, 0]; R_in = x (R - s sum R), only x0 = 2 counts."""
+    model = parse(
+        """net (float[N, 3] x) => (float[N, 1] y) {
+            h = Gemm<transB = 1>(x, A)
+            r = Relu(h)
+            m = Add(r, mask)
+            p = Softmax(m)
+            y = Gemm<transB = 1>(p, B)
+        }""",
+        A=np.eye(3, dtype=np.float32), B=np.asarray([[3, 1, 5]], np.float32),
+        mask=np.asarray([[0, 0, -np.inf]], np.float32),
+    )  # fmt: skip
+    report = verify(model, np.asarray([[2, 0, 0]], np.float32), composite="attnlrp", target=0)
+    p = np.exp(2) / (np.exp(2) + 1)
+    R = np.asarray([3 * p, 1 - p])
+    assert report.flows[0].received == pytest.approx(R.sum(), rel=1e-6)
+    sent = 2 * (R[0] - p * R.sum())
+    assert flow(report, "p").sent == pytest.approx(sent, rel=1e-5)
+    assert flow(report, "p").losses["softmax"] == pytest.approx(R.sum() - sent, rel=1e-5)
+    assert check(report, "conservation").ok
+
+
 @pytest.mark.parametrize("name", ["squeezenet1_0_imagenet", "mobilenet_v2_imagenet_int8"])
 def test_real_models(name):
     path = DATA / "models" / f"{name}.onnx"
@@ -362,6 +402,7 @@ def test_a_canonical_model_has_no_original_to_compare_with():
     report = verify(canonize(two_layers()), X, target=0)
     assert check(report, "canonical outputs").ok is None
     assert report.ok
+    assert check(verify(two_layers(), X, target=0, canonical=canonize(two_layers())), "canonical outputs").ok
 
 
 def test_a_layer_can_be_chosen():

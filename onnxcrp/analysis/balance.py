@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 ROUNDING = 2.0**-24  # half a unit in the last place of float32, relative
 
 NOT_ITEMISED = "not itemised"
-LOSSES = ("bias", "stabilizer", "zero output", "padding", NOT_ITEMISED)
-"""Where relevance is lost: in biases, to the stabilizer, at outputs that are 0, on padded places, in unknown rules."""
+LOSSES = ("bias", "constant", "stabilizer", "zero output", "padding", "softmax", NOT_ITEMISED)
+"""Where relevance is lost: in biases and constants that are added, in others (a class token), to the stabilizer, at
+outputs that are 0, on padded places, in a softmax inside the model, in rules that are not known here."""
 
 GRADIENTS = frozenset({"gradient", "guided_backprop", "deconvnet", "beta_smooth"})
 """Rules that are no LRP: nothing says that their sums stay the same."""
@@ -61,9 +62,10 @@ class Branch:
 class Balance:
     """What a layer does with the relevance of its output.
 
-    `sent`: to each data input; `gross`: the magnitudes that were summed for it, which rounding is relative to; `losses`:
-    kind -> amount; `absorbed`: what the bias keeps, for each entry of the output; `cancellation`: (|R1| + |R2|) / |R| of
-    a sum; `rounding`: the relative L2 error that float32 brings in here, estimated from small outputs of large terms.
+    `sent`: to each data input; `gross`: the magnitudes that were summed for it, which rounding is relative to;
+    `losses`: kind -> amount; `absorbed`: what the bias keeps, for each entry of the output; `cancellation`:
+    (|R1| + |R2|) / |R| of a sum; `rounding`: the relative L2 error that float32 may bring in here at most, estimated
+    from small outputs of large terms.
     """
 
     sent: list[float]
@@ -83,10 +85,13 @@ class Layer:
         data: list[int],
         value: Callable[[Any], np.ndarray],
         parameters: Mapping[str, Any],
+        *,
         bounds: Callable[[Any], np.ndarray] | None = None,
+        gates: frozenset[int] = frozenset(),
         backend: str = "auto",
     ) -> None:
-        self.node, self.data, self.value, self.bounds, self.backend = node, data, value, bounds, backend
+        self.node, self.data, self.value, self.backend = node, data, value, backend
+        self.bounds, self.gates = bounds, gates  # a value at the model's input -> here; which inputs are gates
         self.about = OPS[node.op]
         self.stabilizer = float(parameters["stabilizer"])
         self.keeps_bias = parameters["bias"] == "keep"
@@ -94,7 +99,7 @@ class Layer:
     @property
     def family(self) -> str:
         """The op family."""
-        return self.about.family_of(self.node)
+        return self.about.family_of(self.node, len(self.data))
 
     @property
     def a(self) -> np.ndarray:
@@ -103,8 +108,8 @@ class Layer:
 
     @property
     def W(self) -> np.ndarray:
-        """Weights; of a BatchNormalization its factor per channel."""
-        return self._batchnorm[0] if self.node.op == "BatchNormalization" else self.value(self.node.inputs[1])
+        """Weights as stored (some are too large to be doubled in float64); of a BatchNormalization its factor."""
+        return self._batchnorm[0] if self.node.op == "BatchNormalization" else np.asarray(self.node.inputs[1].values)
 
     @property
     def b(self) -> np.ndarray:
@@ -142,14 +147,15 @@ class Layer:
         if not self.about.weighted:
             inputs = [a, *(None if t.is_empty() else self.value(t) for t in self.node.inputs[1:])]
         else:
-            inputs = [a, W, None if b is None or not np.any(b) else np.ravel(b)]
+            bias = None if b is None or not np.any(b) else np.ravel(b).astype(a.dtype)
+            inputs = [a, W.astype(a.dtype, copy=False), bias]
         return evaluate_node(
             self.node.op, self.node.attrs, inputs, domain=self.node.domain or "", backend=self.backend
         )[0]
 
     def gross(self, a: np.ndarray, W: np.ndarray, b: Any) -> np.ndarray:
         """L(|W|,|b|)|a|, the magnitudes that cancel in z; in float32, an order of magnitude being enough."""
-        small = [None if v is None else np.abs(v).astype(np.float32) for v in (a, W, b)]
+        small = [None if v is None else np.abs(v.astype(np.float32, copy=False)) for v in (a, W, b)]
         return self(*small).astype(np.float64)
 
     @property
@@ -161,9 +167,18 @@ class Layer:
     @property
     def summands(self) -> list[np.ndarray]:
         """What each data input adds to the output of a sum."""
-        factors = {"Sub": [1.0, -1.0], "Mean": [1 / len(self.node.inputs)] * len(self.node.inputs)}
-        factor = factors.get(self.node.op, [1.0] * len(self.node.inputs))
-        return [factor[i] * self.value(self.node.inputs[i]) for i in self.data]
+        return [self._summand(i) for i in self.data]
+
+    @property
+    def constants(self) -> Any:
+        """What the other inputs of a sum add."""
+        others = [self._summand(i) for i in range(len(self.node.inputs)) if i not in self.data]
+        return sum(others) if self.keeps_bias else 0.0
+
+    def _summand(self, i: int) -> np.ndarray:
+        count = len(self.node.inputs)
+        factor = {"Sub": (1.0, -1.0)[i % 2], "Mean": 1 / count}.get(self.node.op, 1.0)
+        return factor * self.value(self.node.inputs[i])
 
 
 BRANCHES: dict[str, Callable[..., list[Branch]]] = {}
@@ -194,8 +209,7 @@ def _by_output(layer: Layer, R: np.ndarray, epsilon: float) -> Branch:
     """R over the output itself: epsilon, zero and norm."""
     z = layer.z
     if layer.family == "sum":
-        summands = layer.summands
-        constants = z - sum(summands)
+        summands, constants = layer.summands, layer.constants
         return Branch(R, z, constants, sum(map(np.abs, summands)) + np.abs(constants), epsilon)
     if not layer.about.weighted:
         return Branch(R, z, 0.0, np.abs(layer(np.abs(layer.a))), epsilon)
@@ -241,7 +255,7 @@ def _alpha_beta(layer: Layer, R: np.ndarray, *, alpha: float, beta: float) -> li
 
 @branches("gamma")
 def _gamma(layer: Layer, R: np.ndarray, *, gamma: float) -> list[Branch]:
-    a, W, b, z = layer.a, layer.W, layer.b, layer.z
+    a, W, b, z = layer.a, layer.W.astype(np.float64), layer.b, layer.z
     up_W, down_W = W + gamma * _positive(W), W + gamma * _negative(W)
     up_b, down_b = b + gamma * _positive(b), b + gamma * _negative(b)
     x, y = _positive(a), _negative(a)
@@ -274,7 +288,7 @@ def _wsquare(layer: Layer, R: np.ndarray) -> list[Branch]:
     if not layer.about.weighted:
         return []
     square = np.square(layer.b)
-    z = layer(np.ones((1, *layer.a.shape[1:])), np.square(layer.W), square)
+    z = layer(np.ones((1, *layer.a.shape[1:])), np.square(layer.W, dtype=np.float64), square)
     return [Branch(R, z, square, z, layer.stabilizer)]
 
 
@@ -299,13 +313,31 @@ def _lrn(layer: Layer, R: np.ndarray) -> list[Branch]:
     return [Branch(R, x * own - x * others, 0.0, np.abs(x) * (own + others), layer.stabilizer)]
 
 
+@branches("layernorm")
+def _layernorm(layer: Layer, R: np.ndarray) -> list[Branch]:
+    """x . (u - mean u) sums to (x - mean) . u, and that is z less beta times s."""
+    inputs, x = layer.node.inputs, layer.a
+    axes = tuple(range(int(layer.node.attrs.get("axis", -1)) % x.ndim, x.ndim))
+    sigma = np.sqrt(x.var(axes, keepdims=True) + layer.node.attrs.get("epsilon", 1e-5))
+    gamma = layer.value(inputs[1]) if len(inputs) > 1 and not inputs[1].is_empty() else 1.0
+    beta = layer.value(inputs[2]) if len(inputs) > 2 and not inputs[2].is_empty() else 0.0
+    terms = np.abs(gamma) * (np.abs(x) + np.abs(x).mean(axes, keepdims=True)) / sigma
+    return [Branch(R, layer.z, beta, terms + np.abs(beta), layer.stabilizer)]
+
+
 def balance(layer: Layer, rule: str, R: list[np.ndarray], parameters: Mapping[str, Any]) -> Balance | None:
     """What `rule` does with R (one array per output) at this layer; None where the rule is not known here."""
     total, size = sum(float(r.sum()) for r in R), sum(float(np.abs(r).sum()) for r in R)
     count = len(layer.data)
     if rule == "rearrangement":
         return _moved(layer, R[0], total, size)
-    if rule in ("pass", "winner") and count == 1:
+    if layer.node.op in ("Max", "Min") and rule == "winner":
+        return _winners(layer, R[0], total)
+    if rule in ("half", "signal", "matmul"):
+        return _product(layer, rule, R[0], total, size)
+    if rule == "softmax":
+        return _softmax(layer, R[0], total)
+    if (rule in ("pass", "winner", "embedding") and count == 1) or layer.node.op == "RmsNorm":
         return Balance([total], [size])
     if layer.family == "sum" and rule in ("equal", "flat", "wsquare"):
         return Balance([total / count] * count, [size / count] * count)
@@ -326,8 +358,8 @@ def balance(layer: Layer, rule: str, R: list[np.ndarray], parameters: Mapping[st
     if any(np.any(part.bias) for part in found):
         done.absorbed = sum((part.bias * part.s for part in found), np.zeros(()))
     if found and size:
-        error = _norm([part.share * part.condition**2 for part in found])
-        done.rounding = ROUNDING * error / _norm([part.share for part in found]) if error else 0.0
+        error = _length([part.share * part.condition**2 for part in found])
+        done.rounding = ROUNDING * error / _length([part.share for part in found]) if error else 0.0
     if layer.family == "sum":
         shares = [summand * found[0].s for summand in layer.summands]
         done.sent = [float(share.sum()) for share in shares]
@@ -337,7 +369,7 @@ def balance(layer: Layer, rule: str, R: list[np.ndarray], parameters: Mapping[st
     return done
 
 
-def _norm(arrays: Sequence[np.ndarray]) -> float:
+def _length(arrays: Sequence[np.ndarray]) -> float:
     return math.hypot(*(float(np.linalg.norm(array)) for array in arrays))
 
 
@@ -350,11 +382,60 @@ def _moved(layer: Layer, R: np.ndarray, total: float, size: float) -> Balance:
         pieces = np.split(R, np.cumsum(lengths)[:-1], axis)
         sent = [float(pieces[i].sum()) for i in layer.data]
         gross = [float(np.abs(pieces[i]).sum()) for i in layer.data]
-        return Balance(sent, gross, {"bias": total - sum(sent)})
+        return Balance(sent, gross, {"constant": total - sum(sent)})
+    if node.op == "Where":
+        taken = np.broadcast_to(layer.value(node.inputs[0]), R.shape)
+        pieces = [R[taken if i == 1 else ~taken] for i in layer.data]
+        sent = [float(piece.sum()) for piece in pieces]
+        return Balance(sent, [float(np.abs(piece).sum()) for piece in pieces], {"constant": total - sum(sent)})
     if node.op == "Pad" and node.attrs.get("mode", "constant") == "constant":
         inside = R[_unpadded(layer, R.ndim)].sum()
         return Balance([float(inside)], [size], {"padding": total - float(inside)})
     return Balance([total], [size])
+
+
+def _winners(layer: Layer, R: np.ndarray, total: float) -> Balance:
+    """The largest (smallest) of several operands takes all, the first one on ties; what a constant takes is lost."""
+    left, sent, gross = R, [], []
+    z = layer.z
+    for i, tensor in enumerate(layer.node.inputs):
+        wins = np.broadcast_to(layer.value(tensor) == z, np.broadcast_shapes(z.shape, R.shape))
+        if i in layer.data:
+            share = np.where(wins, left, 0.0)
+            sent.append(float(share.sum()))
+            gross.append(float(np.abs(share).sum()))
+        left = np.where(wins, 0.0, left)
+    return Balance(sent, gross, {"constant": total - sum(sent)})
+
+
+def _product(layer: Layer, rule: str, R: np.ndarray, total: float, size: float) -> Balance | None:
+    """Products of two tensors: both sides the same, or all to the signal and none to the gate."""
+    if len(layer.data) != 2:
+        return None
+    if layer.node.op == "Div":
+        return Balance([total, 0.0], [size, 0.0])
+    gate = next(iter(layer.gates)) if rule == "signal" and len(layer.gates) == 1 else None
+    weights = [0.5, 0.5] if gate is None else [float(i != gate) for i in (0, 1)]
+    if layer.family == "product":
+        return Balance([w * total for w in weights], [w * size for w in weights])
+    A, B = (layer.value(t) for t in layer.node.inputs)
+    factor, epsilon = (2.0, 1e-8) if gate is None else (1.0, layer.stabilizer)
+    part = Branch(R, factor * layer.z, 0.0, factor * (np.abs(A) @ np.abs(B)), epsilon)
+    arrived, gross = float((part.z * part.s).sum()), size + float((part.gross * np.abs(part.s)).sum())
+    done = Balance([w * arrived for w in weights], [w * gross for w in weights], {"stabilizer": total - arrived})
+    if size:
+        done.rounding = ROUNDING * _length([part.share * part.condition**2]) / _length([part.share])
+    return done
+
+
+def _softmax(layer: Layer, R: np.ndarray, total: float) -> Balance:
+    """x . (R - s sum R) does not conserve; x is 0 where a mask has closed it."""
+    x, s = layer.a, layer.z
+    x = np.where((s > 0) & (np.abs(x) < 1e30), x, 0.0)
+    axis = int(layer.node.attrs.get("axis", -1))
+    back = x * (R - s * R.sum(axis, keepdims=True))
+    gross = np.abs(x) * (np.abs(R) + s * np.abs(R).sum(axis, keepdims=True))
+    return Balance([float(back.sum())], [float(gross.sum())], {"softmax": total - float(back.sum())})
 
 
 def _unpadded(layer: Layer, rank: int) -> tuple[slice, ...]:
@@ -375,12 +456,16 @@ def spread(layer: Layer, absorbed: np.ndarray) -> list[np.ndarray]:
 
     R_i += sum_j b_j s_j / n_j over the outputs j that input i reaches, n_j being the number of inputs of j (padding is
     none). `absorbed` [N, out...] = b s. What an output without any input holds stays lost. For sums and
-    BatchNormalization, whose outputs have one entry of each data input, it is absorbed / number of data inputs.
+    BatchNormalization, whose outputs have one entry of each data input, it is absorbed / number of data inputs; a layer
+    normalization shares it among the entries it normalizes.
     """
     node, shape = layer.node, layer.a.shape[1:]
     absorbed = np.asarray(absorbed)
     if layer.family == "dense":
         return [np.broadcast_to(absorbed.sum(-1, keepdims=True) / shape[-1], (len(absorbed), *shape)).copy()]
+    if layer.family == "layernorm":
+        axes = tuple(range(int(node.attrs.get("axis", -1)) % absorbed.ndim, absorbed.ndim))
+        return [np.broadcast_to(absorbed.mean(axes, keepdims=True), absorbed.shape).copy()]
     if layer.family != "convolution":
         arrays = [layer.value(node.inputs[i]) for i in layer.data]
         return [_unbroadcast(absorbed / len(arrays), array.shape) for array in arrays]

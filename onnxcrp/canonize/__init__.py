@@ -16,6 +16,8 @@ from onnxcrp.canonize.batch import free_batch as free
 from onnxcrp.canonize.batchnorm import fold_batchnorm
 from onnxcrp.canonize.constants import fold_constants
 from onnxcrp.canonize.contrib import expand_composites
+from onnxcrp.canonize.control import inline_control_flow
+from onnxcrp.canonize.kernels import rewrite_kernels
 from onnxcrp.canonize.linear import normalize_linear
 from onnxcrp.canonize.load import SCOPE
 from onnxcrp.canonize.load import load as read
@@ -68,15 +70,18 @@ def canonize(model: str | os.PathLike | onnx.ModelProto, *, free_batch: bool = T
     graph = source.graph
     reports = [source.report]
     infer_shapes(graph)
+    reports.append(rewrite_kernels(graph))
     reports.append(fold_constants(graph, batch_unknown=free_batch))
     if reports[-1].done:
         infer_shapes(graph)
-    for step in (dequantize_operators, expand_composites):
-        reports.append(step(graph))
-        if reports[-1].done:  # only now are there shapes after what was taken apart
+    for step in (inline_control_flow, dequantize_operators, expand_composites):
+        while (report := step(graph)).done:  # only then are there shapes and constants after what was taken apart
+            report.declined.clear()  # what stayed is looked at again
+            reports.append(report)
             infer_shapes(graph)
             reports.append(fold_constants(graph, batch_unknown=free_batch))
             infer_shapes(graph)
+        reports.append(report)
     reports.append(unroll_recurrent(graph, source.scopes))
     if reports[-1].done:
         infer_shapes(graph)

@@ -65,7 +65,7 @@ def fold_constants(graph: gs.Graph, *, batch_unknown: bool = False) -> PassRepor
         if node.op == "CastLike" and isinstance(inputs[1].dtype, np.dtype) and isinstance(inputs[0], gs.Constant):
             values: list[np.ndarray] | str = [inputs[0].values.astype(inputs[1].dtype)]
         elif all(isinstance(tensor, gs.Constant) for tensor in inputs):
-            values = _evaluate(node, graph.opset)
+            values = evaluate(node, graph.opset)
         else:
             known = _sizes(node, sizes, batch_unknown)
             if known is None:
@@ -97,7 +97,7 @@ def fold_constants(graph: gs.Graph, *, batch_unknown: bool = False) -> PassRepor
 # -------------------------------------------------------------------------------------------------------------- values
 
 
-def _evaluate(node: gs.Node, opset: int) -> list[np.ndarray] | str:
+def evaluate(node: gs.Node, opset: int) -> list[np.ndarray] | str:
     """The outputs of a node of constants, or why they are not computed."""
     if node.op in RANDOM:
         return "random"

@@ -305,10 +305,10 @@ class _Form:
 
     def attention(self, node: gs.Node) -> str:
         """input, weights [in, Q + K + V], bias, mask, past, attention_bias: three linear layers, then heads."""
-        self.only(node, 0)
         x, weights, bias, mask, past, addend, *_ = arguments(node, 7)
         if past is not None:
             raise Declined(CACHE)
+        self.only(node, 0)
         if node.attrs.get("do_rotary", 0):
             raise Declined("rotary positions are part of it")
         if not isinstance(weights, gs.Constant) or not (bias is None or isinstance(bias, gs.Constant)):
@@ -330,10 +330,10 @@ class _Form:
 
     def multi_head_attention(self, node: gs.Node) -> str:
         """query, key, value, bias, key_padding_mask, attention_bias, past."""
-        self.only(node, 0)
         query, key, value, bias, mask, addend, *past = arguments(node, 10)
         if any(tensor is not None for tensor in past):
             raise Declined(CACHE)
+        self.only(node, 0)
         if query is None or key is None or value is None:
             raise Declined("its query, key and value are packed into one tensor")
         for tensor in (query, key, value):

@@ -62,7 +62,7 @@ def load(model: str | os.PathLike | onnx.ModelProto) -> Source:
         sha256 = _hash_files([path, *sorted({_external_file(t, folder) for t in _tensors(proto) if _is_external(t)})])
     opset = _source_opset(proto)
     report = PassReport("load")
-    skeleton, arrays = _split(proto, folder, report)
+    skeleton, arrays = _split(proto, opset, folder, report)
     if skeleton.functions:
         report.done.append(f"{len(skeleton.functions)} local function(s) inlined")
         skeleton = call(onnx.inliner.inline_local_functions, skeleton, True, what="local functions cannot be inlined")
@@ -244,7 +244,7 @@ def _dense(sparse: onnx.SparseTensorProto, folder: Path | None) -> np.ndarray:
 
 
 def _split(
-    proto: onnx.ModelProto, folder: Path | None, report: PassReport
+    proto: onnx.ModelProto, opset: int, folder: Path | None, report: PassReport
 ) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
     """A copy without weights, and the weights by name."""
     arrays = {tensor.name: _array(tensor, folder) for tensor in proto.graph.initializer}
@@ -266,19 +266,22 @@ def _split(
             graph.node.append(node)
         else:
             arrays[node.output[0]] = constant
+    foreign = {"SimplifiedLayerNormalization"} | ({"LayerNormalization"} if opset < 17 else set())
     for container in (graph, *skeleton.functions):
-        _default_domain(container)
+        _default_domain(container, foreign)
+    if all(entry.domain != "com.microsoft" for entry in skeleton.opset_import):
+        skeleton.opset_import.add(domain="com.microsoft", version=1)
     return skeleton, arrays
 
 
-def _default_domain(container: onnx.GraphProto | onnx.FunctionProto) -> None:
-    """`ai.onnx` is another name of the standard domain."""
+def _default_domain(container: onnx.GraphProto | onnx.FunctionProto, foreign: set[str]) -> None:
+    """`ai.onnx` is another name of the standard domain, into which onnxruntime's optimizer writes `foreign` ops."""
     for node in container.node:
-        if node.domain == "ai.onnx":
-            node.domain = ""
+        if node.domain in ("", "ai.onnx"):
+            node.domain = "com.microsoft" if node.op_type in foreign else ""
         for attribute in node.attribute:
             for graph in (attribute.g, *attribute.graphs) if attribute.HasField("g") else attribute.graphs:
-                _default_domain(graph)
+                _default_domain(graph, foreign)
 
 
 def _constant(node: onnx.NodeProto, folder: Path | None) -> np.ndarray | None:
