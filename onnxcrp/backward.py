@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx.version_converter
 import onnx_graphsurgeon as gs
 
 from onnxcrp.composite import Composite, load
@@ -41,6 +42,7 @@ def compile(
     bypass: str = "cut",
     output: str | None = None,
     inputs: Sequence[str] | None = None,
+    relevance_of: Sequence[str] | None = None,
     reduce: Sequence[str] = (),
     activations: Sequence[str] = (),
     keep_head: bool = False,
@@ -55,7 +57,8 @@ def compile(
     Inputs: the model's own; `target` [., *explained[1:]], the seed being target * explained or target alone, as the
     composite says; `mask.<layer>` for each of `conditions`, ones unless fed; `seed.<layer>` for each of `start`, zeros
     unless fed (no target then; multiplied by the layer's activation if `start_from` is "activation").
-    Outputs: the model's own; `explained`; `relevance.<input>` for `inputs` (None: all that relevance reaches); for each
+    Outputs: the model's own; `explained`; `relevance.<input>` for `inputs` (None: all that relevance reaches), which
+    also decides what carries relevance, or for those of them in `relevance_of`, which does not; for each
     of `record` `relevance.<layer>` before the mask, or with `reduce` (of sum, max, argmax) one number per concept; for
     each of `activations` `activation.<layer>`. Relevance has batch 1 or N: the larger of target, masks and samples.
 
@@ -72,7 +75,11 @@ def compile(
     _check_choice("masks", masks, ("optional", "required"))
     for how in reduce:
         _check_choice("reduce", how, REDUCTIONS)
+    _check_version("opset", opset or 18, 18, onnx.defs.onnx_opset_version())
+    _check_version("ir_version", ir_version, 8, onnx.IR_VERSION)
     facts = Facts(canonical, output=output, inputs=inputs, keep_head=keep_head)
+    if relevance_of is not None:
+        facts.inputs = [name for name in facts.inputs if name in set(relevance_of)]
     writer = _Writer(
         facts,
         load(composite),
@@ -80,7 +87,7 @@ def compile(
         start_from=start_from,
         per_sample=per_sample,
         flip_convolutions=flip_convolutions,
-        opset=max(opset or 0, 18, _opset(canonical.graph)),
+        opset=max(18, int(canonical.graph.opset)),
     )
     writer.walk(
         [writer.resolve(name) for name in conditions],
@@ -91,17 +98,19 @@ def compile(
         activations=[writer.resolve(name) for name in activations],
         reduce=reduce,
         required_masks=masks == "required",
+        opset=opset,
         ir_version=ir_version,
     )
+
+
+def _check_version(what: str, given: int, low: int, high: int) -> None:
+    if not low <= given <= high:
+        raise QuestionError(f"{what} {given} cannot be written", hint=f"from {low} to {high}")
 
 
 def _check_choice(what: str, given: str, choices: Sequence[str]) -> None:
     if given not in choices:
         raise QuestionError(f"{what} is {given!r}", hint=f"one of {', '.join(choices)}")
-
-
-def _opset(graph: gs.Graph) -> int:
-    return int(graph.opset)
 
 
 def assign(facts: Facts, composite: Composite, nodes: Iterable[gs.Node]) -> dict[str, tuple[str, dict[str, Any]]]:
@@ -143,7 +152,7 @@ def assign(facts: Facts, composite: Composite, nodes: Iterable[gs.Node]) -> dict
         listed = ", ".join(f"{facts.names.of(node)} ({node.op}, {facts.family(node)})" for node in unmatched[:12])
         raise CompositeError(
             f"composite {composite.name} has no rule for {listed}",
-            hint=f'add a [[layer]] with op = "{unmatched[0].op}" and a rule',
+            hint=f'add a [[layer]] with op = "{unmatched[0].op}" and a rule, or extends = "base": the lines presets share',
         )
     return rules
 
@@ -230,6 +239,8 @@ class _Writer:
         tops = self._seed()
         wanted = [*facts.inputs, *self.recorded, *self.conditioned]
         self._check_reachable(tops)
+        if self.bypass == "cut":
+            self._check_starts()
         reach = facts.between(tops, wanted)
         inner = [n for n in facts.nodes if any(t.name in reach for t in n.outputs) and self._inside(n, reach)]
         self.rules = assign(facts, self.composite, inner)
@@ -268,6 +279,8 @@ class _Writer:
                     seed = seed * (positive(z) if only_relu else z)
                 self.vanishing[tensor] = True
             else:
+                with op.scope("R", "seed", self.layer_name(tensor)):  # transposes want the layer's full size
+                    seed = op.Expand(seed, self._size(tensor))
                 self.vanishing[tensor] = False
             self.messages.setdefault(tensor, []).append(seed)
         return list(self.started)
@@ -279,6 +292,18 @@ class _Writer:
                 raise QuestionError(
                     f"no relevance comes to {self.layer_name(name)}: it does not lie below {self.layer_name(tops[0])}"
                 )
+
+    def _check_starts(self) -> None:
+        """Nothing that starts below a conditioned layer has passed through it."""
+        for upper in self.conditioned:
+            below = self.facts.between([upper], None) - {upper}
+            for name in self.started:
+                if name in below:
+                    raise QuestionError(
+                        f"{self.layer_name(name)} lies below the conditioned layer {self.layer_name(upper)}: "
+                        "nothing that starts there passes through it",
+                        hint='condition a layer below the start, or use bypass="keep"',
+                    )
 
     def _segments(self, tops: list[str]) -> None:
         """bypass="cut": from each conditioned layer to the one before it, and nothing goes round."""
@@ -308,8 +333,7 @@ class _Writer:
             wanted = [*mine, lower] if lower is not None else [*mine, *facts.inputs]
             self._segment(tops, wanted)
             if lower is not None:
-                dropped = [n for n in self.messages if n not in (lower, *tops)]
-                for name in dropped:
+                for name in [name for name in self.messages if name != lower]:
                     del self.messages[name]
                 tops = [lower]
         if pending:
@@ -376,7 +400,7 @@ class _Writer:
                 parameters = dict(parameters)
                 unchanged = parameters.pop("unchanged", False)
                 layer = Layer(op, view, stabilizer=parameters.pop("stabilizer"), bias=parameters.pop("bias"))
-                layer.vanishes = self._vanishes(node)
+                layer.vanishes = layer.bias == "keep" and self._vanishes(node)
                 layer.gates = facts.gates(node) if rule == "signal" else set()
                 if rule == "zbox":
                     layer.bounds = facts.bounds(node)
@@ -440,6 +464,13 @@ class _Writer:
         return op.Transpose(value, perm=[*range(1, axis + 1), 0, *range(axis + 1, rank)]) if axis else value
 
     # ---- small things ------------------------------------------------------------------------------------------
+    def _size(self, tensor: str) -> Value:
+        """[1, C, ...]: the shape of a tensor with 1 for axis 0."""
+        rest = dims(self.facts.tensors[tensor])[1:]
+        if all(isinstance(size, int) for size in rest):
+            return self.op.as_value([1, *rest])
+        return self.op.Concat([1], self.op.shape(self.op.value(self.tensor[tensor]), 1), axis=0)
+
     def _float(self, name: str) -> Value:
         tensor = self.tensor[name]
         value = self.op.value(tensor, nonnegative=name in self.facts.nonnegative)
@@ -495,7 +526,13 @@ class _Writer:
 
     # ---- the file ----------------------------------------------------------------------------------------------
     def finish(
-        self, *, activations: Sequence[str], reduce: Sequence[str], required_masks: bool, ir_version: int
+        self,
+        *,
+        activations: Sequence[str],
+        reduce: Sequence[str],
+        required_masks: bool,
+        opset: int | None,
+        ir_version: int,
     ) -> onnx.ModelProto:
         """Outputs, metadata, checks: the ModelProto."""
         facts = self.facts
@@ -534,7 +571,7 @@ class _Writer:
                     number = self._reduced(value, how, rank, layer)
                     as_type = onnx.TensorProto.INT64 if how == "argmax" else onnx.TensorProto.FLOAT
                     reduced[f"{kind}.{how}"] = put(f"{kind}.{layer}.{how}", number, 2, as_type)
-        return self._assemble(outputs, names, explained, required_masks, ir_version)
+        return self._assemble(outputs, names, explained, required_masks, opset, ir_version)
 
     def _never_zero(self, R: Value, tensor: str) -> Value:
         """A symbolic zero that is an output after all: zeros of the tensor's shape."""
@@ -569,6 +606,7 @@ class _Writer:
         names: dict[str, Any],
         explained: str,
         required_masks: bool,
+        opset: int | None,
         ir_version: int,
     ) -> onnx.ModelProto:
         from onnxcrp import __version__
@@ -597,7 +635,7 @@ class _Writer:
             symbols = [f"{name}[{axis}]" for axis in range(self._ranks[name])]
             proto.graph.input.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, symbols))
             default = self._defaults[name]
-            if (default is None or required_masks) and default != 0.0:
+            if default is None or required_masks:
                 _drop_initializer(proto.graph, name)
             elif name in unasked:
                 array = np.full([1] * self._ranks[name], default, np.float32)
@@ -605,6 +643,8 @@ class _Writer:
         for name, rank, kind in finals:
             symbols = [f"{name}[{axis}]" for axis in range(rank)]
             proto.graph.output.append(onnx.helper.make_tensor_value_info(name, kind, symbols))
+        if opset is not None and opset > self.op.opset:
+            proto = _at_opset(proto, opset)
         onnx.helper.set_model_props(proto, self._metadata(names | {"outputs": own, "explained": explained}))
         return proto
 
@@ -656,6 +696,15 @@ class _View(Node):
         return self._writer._float(tensor.name)
 
 
+def _at_opset(proto: onnx.ModelProto, opset: int) -> onnx.ModelProto:
+    """The model converted to a newer opset by onnx; errors: QuestionError where it cannot."""
+    try:
+        return onnx.version_converter.convert_version(proto, opset)
+    except Exception as error:  # the converter raises several kinds
+        reason = str(error).strip().split("\n")[0]
+        raise QuestionError(f"onnx cannot convert to opset {opset}: {reason}", hint="leave opset out") from error
+
+
 def _needed(nodes: Sequence[gs.Node], outputs: Iterable[str]) -> list[gs.Node]:
     """The nodes that something asked for depends on, in their order."""
     wanted = set(outputs)
@@ -698,7 +747,15 @@ def concept_axis(facts: Facts, node: gs.Node) -> int:
         source = current.inputs[data[0]] if data else None
         if source is None or source.shape is None:
             break
-        if len(source.shape) != len(axes):  # rows merged or parted, features as they were
+        kept = current.outputs[0].shape
+        if (
+            current.op == "Reshape"
+            and isinstance(kept[1], int)
+            and kept[1] == source.shape[1]
+            and len(source.shape) > 3
+        ):
+            axes = [axes[0], axes[1], *[None for _ in source.shape[2:]]]  # positions merged, channels as they were
+        elif len(source.shape) != len(axes):  # rows merged or parted, features as they were
             if source.shape[-1] != current.outputs[0].shape[-1]:
                 break
             axes = [*[None for _ in source.shape[1:]], axes[-1]]

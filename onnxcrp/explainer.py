@@ -90,7 +90,12 @@ class Explainer:
             self.canonical,
             self.facts,
             self.composite,
-            compile_options={"output": output, "keep_head": keep_head, "flip_convolutions": flip_convolutions},
+            compile_options={
+                "output": output,
+                "inputs": inputs,
+                "keep_head": keep_head,
+                "flip_convolutions": flip_convolutions,
+            },
             session_options={"providers": providers, "threads": threads},
             cache_limit=cache_limit,
         )
@@ -269,12 +274,24 @@ class Explainer:
             for at in range(0, batch, count):
                 rows = slice(at, min(at + count, batch))
                 part = {name: array[rows] if self._models.is_batched(name) else array for name, array in feeds.items()}
-                yield self.explain(part, _rows_of(target, rows, batch), **options)
+                cut = {name: self._rows_of(value, rows, batch) for name, value in options.items() if name == "seed"}
+                yield self.explain(part, self._rows_of(target, rows, batch), **options | cut)
             return
         count = max(1, self.memory_limit // (each * batch))
         remaining = iter(conditions)
         while part_of_them := list(itertools.islice(remaining, count)):
             yield self.explain(feeds, target, conditions=part_of_them, **options)
+
+    def _rows_of(self, target: Any, rows: slice, batch: int) -> Any:
+        """The part of a target or seed that belongs to some of the samples."""
+        if isinstance(target, range):
+            target = list(target)
+        if isinstance(target, list):
+            return target[rows]
+        if isinstance(target, np.ndarray) and len(target.shape) and len(target) == batch:
+            whole = target.dtype.kind in "iu" and target.ndim == 1
+            return target[rows] if whole or target.ndim == len(self._models.explained_shape) else target
+        return target
 
 
 def _bounded(composite: Composite, facts: Facts, preprocessing: Any, low: Any, high: Any) -> Composite:
@@ -296,10 +313,3 @@ def _bounded(composite: Composite, facts: Facts, preprocessing: Any, low: Any, h
         if value is not None:
             given[name] = value
     return composite.with_parameters(**given)
-
-
-def _rows_of(target: Any, rows: slice, batch: int) -> Any:
-    """The part of a target that belongs to some of the samples."""
-    if isinstance(target, list) or (isinstance(target, np.ndarray) and target.ndim and len(target) == batch):
-        return target[rows]
-    return target

@@ -13,6 +13,7 @@ import onnx_graphsurgeon as gs
 
 from onnxcrp.errors import CompositeError, QuestionError, UnsupportedError
 from onnxcrp.ops import CARRIES_NONE, KEEPS, NONNEGATIVE, OPS
+from onnxcrp.ops.rearrange import leaves_batch
 
 if TYPE_CHECKING:
     from onnxcrp.canonize import Canonical
@@ -204,14 +205,13 @@ class Facts:
                 known.update(tensor.name for tensor in node.outputs)
         return known
 
-    @staticmethod
-    def _operand_nonnegative(tensor: gs.Tensor, known: set[str]) -> bool:
+    def _operand_nonnegative(self, tensor: gs.Tensor, known: set[str]) -> bool:
         if tensor.is_empty() or tensor.name in known:
             return True
         if isinstance(tensor, gs.Constant):
             # integers are shapes, axes, zero points: they do not enter the value
             return tensor.values.dtype.kind != "f" or bool((tensor.values >= 0).all())
-        return tensor.dtype is not None and np.dtype(tensor.dtype) == np.int64 and tensor.name not in known
+        return tensor.dtype is not None and np.dtype(tensor.dtype) == np.int64 and tensor.name not in self.data
 
     @cached_property
     def depth(self) -> dict[str, int]:
@@ -352,8 +352,8 @@ class Facts:
             if isinstance(axes, gs.Constant) and axes.values.size:
                 return "reduces axis 0" if 0 in [int(a) % rank for a in axes.values] else None
             return None if node.attrs.get("noop_with_empty_axes") else "reduces axis 0"
-        if node.op == "Slice" and len(node.inputs) > 3 and isinstance(node.inputs[3], gs.Constant):
-            return "cuts axis 0" if 0 in [int(a) % rank for a in node.inputs[3].values] else None
+        if node.op == "Slice":
+            return None if leaves_batch(node, rank) else "cuts axis 0"
         return None
 
     @staticmethod
@@ -380,6 +380,8 @@ class Facts:
             data = self.carries(node)
             if node.op not in _PREPROCESSING or not data:
                 continue
+            if node.op == "Div" and data != [0]:
+                continue
             constants = [t for t in node.inputs if isinstance(t, gs.Constant)]
             if all(node.inputs[i].name in known for i in data) and (
                 node.op not in ("Add", "Sub", "Mul", "Div") or all(_per_channel(t.values) for t in constants)
@@ -390,7 +392,7 @@ class Facts:
     def is_preprocessing(self, node: gs.Node) -> bool:
         """Whether a node belongs to the affine preprocessing at the model's input: relevance passes it unchanged."""
         return (
-            node.op in ("Add", "Sub", "Mul", "Div", "BatchNormalization")
+            node.op in ("Add", "Sub", "Mul", "Div")
             and all(t.name in self._affine for t in node.outputs)
             and len(self.carries(node)) == 1
         )

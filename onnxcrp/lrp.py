@@ -267,7 +267,7 @@ def flat(layer: Layer, R: Value) -> Any:
 
     Zero padding is no input, so border windows share among fewer.
     """
-    if layer.family == "sum":
+    if layer.family == "sum" or layer.node.op in ("Max", "Min"):
         return equal(layer, R)
     if layer.about.ones is None:
         raise CompositeError(f"rule flat cannot be used for {layer.node.op}")
@@ -374,7 +374,9 @@ def softmax(layer: Layer, R: Value) -> Value:
     """
     op, x, s = layer.op, layer.a, layer.z
     if layer.node.op == "LogSoftmax":
-        raise CompositeError("rule softmax is for Softmax; a LogSoftmax inside the model has none")
+        raise CompositeError(
+            "a LogSoftmax has no relevance rule", hint="explain the logits before it, without keep_head"
+        )
     x = op.where(op.And(s > 0.0, op.Abs(x) < 1e30), x, 0.0)
     return x * (R - s * op.ReduceSum(R, [softmax_axis(layer.node)], keepdims=1))
 

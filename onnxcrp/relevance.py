@@ -127,6 +127,11 @@ class RelevanceModels:
             return None
         return next((shape[0] for _, shape in self.inputs.values() if shape and isinstance(shape[0], int)), 1)
 
+    @cached_property
+    def is_quantized(self) -> bool:
+        """Whether activations are rounded: the runtime's fusions then move values by whole steps, so it gets none."""
+        return any(node.op == "QuantizeLinear" for node in self.facts.nodes)
+
     def is_batched(self, name: str) -> bool:
         """Whether axis 0 of this input counts samples."""
         shape = self.inputs[name][1]
@@ -192,7 +197,7 @@ class RelevanceModels:
                 start=plan.start,
                 start_from=plan.start_from,
                 bypass=plan.bypass,
-                inputs=plan.inputs,
+                relevance_of=plan.inputs,
                 **self._compile_options,
             )
         meta = {entry.key: entry.value for entry in model.metadata_props}
@@ -208,7 +213,7 @@ class RelevanceModels:
         relevance = {f"input/{name}": output for name, output in names["inputs"].items()}
         relevance |= {f"layer/{name}": output for name, output in names["relevance"].items()}
         return Program(
-            session=Session(model, **self._session_options),
+            session=Session(model, optimize=not self.is_quantized, **self._session_options),
             feeds=feeds,
             relevance=relevance,
             activation=names["activation"],

@@ -96,11 +96,14 @@ def _numpy(value: Any) -> np.ndarray:
 def channel_axis(shape: Sequence[Any]) -> int | None:
     """Axis of the channels of an input [B, ...]; None below rank 3.
 
-    That is axis 1, but the last one where only that has a size that pictures have (1, 3 or 4): NHWC.
+    The layout is told from the shape as for inputs: NCHW or NHWC, NCL or NLC; axis 1 for other ranks.
     """
+    from onnxcrp.preprocessing import detect_layout
+
     if len(shape) < 3:
         return None
-    return len(shape) - 1 if shape[-1] in (1, 3, 4) and shape[1] not in (1, 3, 4) else 1
+    layout = detect_layout(tuple(shape))
+    return layout.index("C") if layout else 1
 
 
 def plain(value: Any) -> Any:

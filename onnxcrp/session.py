@@ -111,7 +111,8 @@ class Session:
 
     `model` is a path or a ModelProto, which is not changed; above `size_threshold` bytes it goes through a
     temporary folder with external data. `optimize=False` turns off onnxruntime's own graph optimisation, `threads`
-    sets the threads per operator, `log_severity` 3 shows errors only (onnxruntime warns of every overridable mask).
+    sets the threads per operator, `log_severity` 4
+    is silent: what goes wrong is raised, onnxruntime would print it once more.
     Raises ModelError for what onnxruntime cannot load, RuntimeMissingError without onnxruntime or for a provider
     asked for that cannot start.
     """
@@ -123,7 +124,7 @@ class Session:
         *,
         optimize: bool = True,
         threads: int | None = None,
-        log_severity: int = 3,
+        log_severity: int = 4,
         size_threshold: int = PROTOBUF_LIMIT,
     ) -> None:
         ort = _onnxruntime()

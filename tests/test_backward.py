@@ -421,3 +421,161 @@ def test_the_model_given_is_left_as_it_is() -> None:
     second = compile_model(canonical, "epsilon", conditions=["b"])
     assert model.SerializeToString() == before
     assert first.SerializeToString() == second.SerializeToString()
+
+
+# ---- what a review once found wrong -----------------------------------------------------------------------------------
+
+
+def parsed(text: str, **arrays: np.ndarray) -> onnx.ModelProto:
+    model = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["" : 18]> {text}')
+    for node in model.graph.node:
+        node.name = node.output[0]
+    for name, array in arrays.items():
+        model.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+    return model
+
+
+def normal(*shape: int) -> np.ndarray:
+    return RNG.standard_normal(shape).astype(np.float32)
+
+
+@pytest.mark.parametrize(("start", "end"), [([0, 1], [9999, 4]), ([0, 1], [2**31 - 1, 4])])
+def test_a_slice_without_axes_keeps_questions_apart(start: list[int], end: list[int]) -> None:
+    from onnxcrp import Explainer
+
+    model = parsed(
+        "net (float[batch, 6] x) => (float[batch, 2] y) { h = Gemm <transB = 1> (x, u)  r = Relu (h)"
+        " s = Slice (r, start, end)  y = Gemm <transB = 1> (s, v) }",
+        u=normal(5, 6), v=normal(2, 3), start=np.array(start), end=np.array(end),
+    )  # fmt: skip
+    explainer = Explainer(model, "epsilon")
+    assert explainer.facts.shares_forward == (end[0] > 9999)
+    conditions = [{"h": [c]} for c in range(5)]
+    x = normal(1, 6)
+    together = explainer.explain(x, target=1, conditions=conditions, seed="abs").relevance["x"][0]
+    for n, condition in enumerate(conditions):
+        near(together[n], explainer.explain(x, target=1, conditions=condition, seed="abs").relevance["x"][0])
+
+
+def test_gamma_without_bias_is_two_sided(tmp_path: Any) -> None:
+    u, b, v = normal(4, 3), normal(4), normal(2, 4)
+    model = parsed(
+        "net (float[batch, 3] x) => (float[batch, 2] y) { h = Gemm <transB = 1> (x, u, b)  r = Relu (h)"
+        " y = Gemm <transB = 1> (r, v) }",
+        u=u, b=b, v=v,
+    )  # fmt: skip
+    path = tmp_path / "drop.toml"
+    path.write_text('extends = "base"\nbias = "drop"\n[[layer]]\nop = "dense"\nrule = "gamma"\ngamma = 0.25\n')
+    relevance = compile_model(model, path)
+    for _ in range(5):
+        x = normal(1, 3)
+        r = np.maximum(u @ x[0] + b, 0)
+        R = one_gamma(v.astype(float), r, (v @ r) * [1, 0])
+        near(
+            ask(relevance, {"x": x, "target": np.array([[1, 0]], np.float32)})["relevance.x"][0],
+            one_gamma(u.astype(float), x[0], R),
+        )
+
+
+def one_gamma(M: np.ndarray, a: np.ndarray, R: np.ndarray) -> np.ndarray:
+    z, share, out = M @ a, M * a, np.zeros(len(a))
+    for j in range(len(z)):
+        push = np.maximum if z[j] > 0 else np.minimum
+        each = share[j] + 0.25 * push(share[j], 0)
+        out += each / stab(np.array(each.sum())) * R[j]
+    return out
+
+
+def test_asking_for_one_input_does_not_change_the_question() -> None:
+    from onnxcrp import Explainer
+
+    model = parsed(
+        "net (float[batch, 3] a, float[batch, 3] b) => (float[batch, 2] y) { fa = Gemm <transB = 1> (a, w)"
+        " fb = Gemm <transB = 1> (b, w)  p = Mul (fa, fb)  y = Gemm <transB = 1> (p, v) }",
+        w=normal(4, 3), v=normal(2, 4),
+    )  # fmt: skip
+    explainer = Explainer(model, "attnlrp")
+    x = {"a": normal(1, 3), "b": normal(1, 3)}
+    both = explainer.explain(x, target=0, seed="abs").relevance
+    for name in ("a", "b"):
+        near(explainer.explain(x, target=0, seed="abs", inputs=[name]).relevance[name], both[name])
+
+
+def test_integers_that_are_data_may_be_negative() -> None:
+    from onnxcrp.facts import Facts
+
+    model = parsed(
+        "net (int64[batch, 4] x) => (float[batch, 2] y) { u = Unsqueeze (x, axes)  s = Squeeze (u, axes)"
+        " f = Cast <to = 1> (s)  y = Gemm <transB = 1> (f, w) }",
+        w=normal(2, 4), axes=np.array([1]),
+    )  # fmt: skip
+    assert not Facts(canonize(model)).nonnegative
+
+
+def test_nothing_that_starts_below_a_condition_passes_through_it() -> None:
+    with pytest.raises(QuestionError, match="first lies below the conditioned layer a"):
+        compile_model(residual(), "epsilon", start=["b", "first"], conditions=["a"])
+
+
+POOLED = (
+    "net (float[batch, 2, 8, 8] x) => (float[batch, 3] y) <float[3, 2, 3, 3] w, float[3, 27] v> {"
+    " c = Conv <kernel_shape = [3, 3], pads = [1, 1, 1, 1]> (x, w)  r = Relu (c)"
+    " p = MaxPool <kernel_shape = [3, 3], strides = [2, 2]> (r)  f = Flatten (p)  y = Gemm <transB = 1> (f, v) }"
+)
+
+
+@pytest.mark.parametrize(
+    "composite", ["deconvnet", "gradient", "guided_backprop", "flat", "wsquare", "epsilon_plus_flat"]
+)
+def test_several_samples_one_target(composite: str) -> None:
+    """A seed of ones does not depend on the sample; the winners of an overlapping pool do."""
+    model = parsed(POOLED, w=normal(3, 2, 3, 3), v=normal(3, 27))
+    relevance, x, target = compile_model(model, composite), normal(3, 2, 8, 8), np.array([[0, 1, 0]], np.float32)
+    together = ask(relevance, {"x": x, "target": target})["relevance.x"]
+    for n in range(3):
+        near(
+            together[n if len(together) > 1 else 0],
+            ask(relevance, {"x": x[n : n + 1], "target": target})["relevance.x"][0],
+        )
+
+
+@pytest.mark.parametrize("layer", ["c", "p", "f"])
+def test_a_start_of_ones_fills_its_layer(layer: str) -> None:
+    model = parsed(POOLED, w=normal(3, 2, 3, 3), v=normal(3, 27))
+    relevance = compile_model(model, "epsilon", start=[layer], start_from="one", record=["c"])
+    channels = 27 if layer == "f" else 3
+    seed = np.eye(channels, dtype=np.float32)[:2].reshape(2, channels, *[1] * (0 if layer == "f" else 2))
+    found = ask(relevance, {"x": normal(1, 2, 8, 8), f"seed.{layer}": seed})
+    assert found["relevance.x"].shape == (2, 2, 8, 8)
+    assert found["relevance.c"].shape == (2, 3, 8, 8)
+    if layer == "c":
+        assert (found["relevance.c"] == seed * np.ones((1, 1, 8, 8))).all()
+
+
+def test_flat_goes_through_interpolation_and_elementwise_maxima() -> None:
+    model = parsed(
+        "net (float[batch, 2, 4, 4] x) => (float[batch, 2, 8, 8] y) {"
+        ' u = Resize <mode = "linear"> (x, roi, scales)  t = Tanh (u)  y = Max (t, u) }',
+        roi=np.zeros(0, np.float32), scales=np.array([1, 1, 2, 2], np.float32),
+    )  # fmt: skip
+    R = np.abs(normal(1, 2, 8, 8))
+    found = ask(compile_model(model, "flat"), {"x": normal(1, 2, 4, 4), "target": R})["relevance.x"]
+    near(found.sum((2, 3)), R.sum((2, 3)))
+    assert (found > 0).all()
+
+
+def test_versions_are_converted_or_refused() -> None:
+    newer = compile_model(residual(), "epsilon", opset=20)
+    assert newer.opset_import[0].version == 20
+    near(
+        ask(newer, {"x": X, "target": TARGET})["relevance.x"],
+        ask(compile_model(residual(), "epsilon"), {"x": X, "target": TARGET})["relevance.x"],
+    )
+    for wrong in ({"opset": 99}, {"opset": 3}, {"ir_version": 99}, {"ir_version": 3}):
+        with pytest.raises(QuestionError, match="cannot be written"):
+            compile_model(residual(), "epsilon", **wrong)
+
+
+def test_required_seeds_are_no_initializers() -> None:
+    model = compile_model(residual(), "epsilon", start=["b"], masks="required")
+    assert not {"seed.b"} & {tensor.name for tensor in model.graph.initializer}

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from onnxcrp.errors import UnsupportedError
 from onnxcrp.graph import Graph, positive
 from onnxcrp.ops import CARRIES_NONE, OPS, Node, Parts, supported
 
@@ -421,13 +422,18 @@ ACTIVATIONS: list[tuple[str, dict[str, Any], list[Any]]] = [
     ("LogSoftmax", {"axis": -1}, []),
     ("LayerNormalization", {"axis": -1}, [w(40), w(40)]),
     ("LayerNormalization", {"axis": 1, "epsilon": 1e-3}, [w(3, 40)]),
+    ("InstanceNormalization", {}, [w(3), w(3)]),
+    ("InstanceNormalization", {"epsilon": 1e-3}, [w(3), w(3)]),
+    ("GroupNormalization", {"num_groups": 2}, [w(2), w(2)]),
+    ("GroupNormalization", {"num_groups": 3}, [w(3), w(3)]),
     ("LRN", {"size": 5, "alpha": 0.3, "beta": 0.6, "bias": 1.2}, []),
 ]
+DEPENDENT = ("LRN", "Softmax", "LogSoftmax", "LayerNormalization", "InstanceNormalization", "GroupNormalization")
 
 
 @pytest.mark.parametrize(("op_type", "attrs", "constants"), ACTIVATIONS)
 def test_derivative(op_type: str, attrs: dict[str, Any], constants: list[Any]) -> None:
-    shape = (2, 3, 40) if op_type != "LRN" else (2, 5, 6, 4)
+    shape = {"LRN": (2, 5, 6, 4), "GroupNormalization": (2, 6, 20)}.get(op_type, (2, 3, 40))
     v = RNG.uniform(-2, 2, shape).astype(np.float32)
     if op_type in ("Log", "Sqrt", "Reciprocal"):
         v = np.abs(v) + 0.3
@@ -448,7 +454,7 @@ def test_derivative(op_type: str, attrs: dict[str, Any], constants: list[Any]) -
     op.nodes.append(gs.Node("Identity", "end", inputs=[back.tensor], outputs=[end]))
     (r,) = run(op.nodes, [x, s], [end], {"x": v, "s": message})
     left, right = numeric * message, r.astype(np.float64) * direction
-    if op_type in ("LRN", "Softmax", "LogSoftmax", "LayerNormalization"):  # entries of a sample depend on each other
+    if op_type in DEPENDENT:  # entries of a sample depend on each other
         assert abs(left.sum() - right.sum()) < 2e-3 * np.abs(left).sum()
         return
     smooth = np.abs(left - right) < 2e-2 * (1 + np.abs(left))
@@ -458,7 +464,7 @@ def test_derivative(op_type: str, attrs: dict[str, Any], constants: list[Any]) -
 def test_every_op_with_a_transpose_is_tested_here() -> None:
     tested = {row[0] for row in LINEAR_TABLE} | {row[0] for row in ACTIVATIONS}
     tested |= {"Conv", "ConvTranspose", "MaxPool", "AveragePool", "Resize", "Split"}
-    tested |= {"MatMul"}
+    tested |= {"MatMul", "Einsum", "ReduceL1", "ReduceL2"}
     elsewhere = {"Linear", "Silu", "RmsNorm", "Dropout", "QuantizeLinear", "DequantizeLinear", "Round", "Floor", "Ceil"}
     assert {op.name for op in supported()} - tested == elsewhere  # tested in test_rules.py and test_canonize*.py
     assert not set(OPS) & set(CARRIES_NONE)
@@ -568,3 +574,89 @@ def test_embedding_sums_what_a_token_looked_up() -> None:
     message = w(2, 3, 4)
     (r,) = run(op.nodes, [s], [end], {"s": message})
     np.testing.assert_allclose(r, message.sum(-1), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("equation", "shapes"),
+    [
+        ("bij,bjk->bik", [(2, 3, 4), (2, 4, 5)]),
+        ("bghid,bghjd->bghij", [(2, 2, 3, 4, 5), (2, 2, 3, 6, 5)]),
+        ("bhd,bhd->bh", [(2, 3, 4), (2, 3, 4)]),
+        ("bij,kj->bik", [(2, 3, 4), (5, 4)]),
+        ("bij->bji", [(2, 3, 4)]),
+    ],
+)
+def test_einsum(equation: str, shapes: list[tuple[int, ...]]) -> None:
+    arrays = [w(*shape) for shape in shapes]
+    y = np.einsum(equation, *arrays)
+    message = w(*y.shape)
+    inputs = [gs.Variable(f"x{i}", np.float32, list(shape)) for i, shape in enumerate(shapes)]
+    node = gs.Node("Einsum", "node", {"equation": equation}, inputs, [gs.Variable("y", np.float32, list(y.shape))])
+    op = Graph(opset=OPSET, nodes=[node])
+    s = gs.Variable("s", np.float32, list(y.shape))
+    data = list(range(len(shapes)))
+    back = OPS["Einsum"].transpose(op, Node(op, node, data=data, nonnegative=set(), name="n"), op.value(s))
+    ends = [gs.Variable(f"end{i}", np.float32) for i in data]
+    for part, end in zip(back if isinstance(back, Parts) else [back], ends, strict=True):
+        op.nodes.append(gs.Node("Identity", f"node_{end.name}", inputs=[part.tensor], outputs=[end]))
+    feeds = {f"x{i}": a for i, a in enumerate(arrays)} | {"s": message}
+    for array, r in zip(arrays, run(op.nodes, [*inputs, s], ends, feeds), strict=True):  # bilinear: <Z, s> = <A, T_A s>
+        assert r.shape == array.shape
+        assert abs(float((y * message).sum()) - float((array * r).sum())) < 1e-4 * np.abs(y * message).sum()
+
+
+@pytest.mark.parametrize("equation", ["...ij,...jk->...ik", "bii->bi", "bij->b"])
+def test_einsum_that_has_no_transpose_says_so(equation: str) -> None:
+    count = equation.count(",") + 1
+    inputs = [gs.Variable(f"x{i}", np.float32, [2, 3, 3]) for i in range(count)]
+    node = gs.Node("Einsum", "node", {"equation": equation}, inputs, [gs.Variable("y", np.float32)])
+    op = Graph(opset=OPSET)
+    view = Node(op, node, data=list(range(count)), nonnegative=set(), name="n")
+    with pytest.raises(UnsupportedError, match="equation"):
+        OPS["Einsum"].transpose(op, view, op.value(gs.Variable("s", np.float32, [2, 3, 3])))
+
+
+@pytest.mark.parametrize("keepdims", [0, 1])
+@pytest.mark.parametrize(("op_type", "order"), [("ReduceL1", 1), ("ReduceL2", 2)])
+def test_length_of_a_vector(op_type: str, order: int, keepdims: int) -> None:
+    """Derivative sign(x) or x / |x|, and 0 for the zero vector."""
+    v = w(2, 3, 4)
+    v[1, 2] = 0
+    y = np.linalg.norm(v.astype(np.float64), order, 2, keepdims=True)
+    message = w(2, 3, 1)
+    expected = message * (np.sign(v) if order == 1 else np.divide(v, y, out=np.zeros(v.shape), where=y > 0))
+    x, s = gs.Variable("x", np.float32, [2, 3, 4]), gs.Variable("s", np.float32, [None] * (2 + keepdims))
+    shape = [2, 3, 1] if keepdims else [2, 3]
+    attrs, axes = {"keepdims": keepdims}, gs.Constant("axes", np.array([-1]))
+    node = gs.Node(op_type, "node", attrs, [x, axes], [gs.Variable("y", np.float32, shape)])
+    op = Graph(opset=OPSET, nodes=[node])
+    back = OPS[op_type].transpose(op, Node(op, node, data=[0], nonnegative=set(), name="n"), op.value(s))
+    end = gs.Variable("end", np.float32)
+    op.nodes.append(gs.Node("Identity", "end", inputs=[back.tensor], outputs=[end]))
+    (r,) = run(op.nodes, [x, s], [end], {"x": v, "s": message.reshape(shape)})
+    np.testing.assert_allclose(r, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis", "index"),
+    [
+        ((2, 6, 4), 1, [[0, -1], [3, 3]]),
+        ((2, 6, 4), 1, 5),
+        ((2, 3, 4), -1, [1, 2, 2]),
+        ((24,), 0, [[3, -1], [3, 0], [7, 8]]),  # how as_strided is exported: from one flat tensor of all samples
+    ],
+)
+def test_gather_by_an_index_that_only_the_run_knows(shape: tuple[int, ...], axis: int, index: Any) -> None:
+    v, places = w(*shape), np.array(index)
+    y = np.take(v, places, axis)
+    message = w(*y.shape)
+    x, at = gs.Variable("x", np.float32, list(shape)), gs.Variable("at", np.int64, list(places.shape))
+    node = gs.Node("Gather", "pick", {"axis": axis}, [x, at], [gs.Variable("y", np.float32, list(y.shape))])
+    op = Graph(opset=OPSET, nodes=[node])
+    s, end = gs.Variable("s", np.float32, list(y.shape)), gs.Variable("end", np.float32)
+    back = OPS["Gather"].transpose(op, Node(op, node, data=[0], nonnegative=set(), name="n"), op.value(s))
+    op.nodes.append(gs.Node("Identity", "end", inputs=[back.tensor], outputs=[end]))
+    (r,) = run(op.nodes, [x, at, s], [end], {"x": v, "at": places, "s": message})
+    assert r.shape == v.shape
+    left, right = (float((a.astype(np.float64) * b).sum()) for a, b in ((y, message), (v, r)))
+    assert abs(left - right) < 1e-5 * np.abs(y * message).sum()

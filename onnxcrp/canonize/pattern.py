@@ -64,7 +64,10 @@ class Region:
             for node in self.nodes:
                 inputs = [None if t.is_empty() else known.get(t.name, constant(t)) for t in node.inputs]
                 known[node.outputs[0].name] = table[node.op](node.attrs, *inputs)
-        return np.broadcast_to(known[self.out.name], x.shape)
+        found = known[self.out.name]
+        if found.ndim > x.ndim:  # a constant of higher rank: no function of x elementwise
+            return np.full(x.shape, np.nan)
+        return np.broadcast_to(found, x.shape)
 
 
 def constant(tensor: gs.Tensor) -> np.ndarray | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnxcrp.errors import UnsupportedError
@@ -18,7 +19,7 @@ def _turned(op: Graph, x: Value, rank: int) -> Value:
 def matmul(op: Graph, node: Node, s: Value) -> Value | Parts:
     """s [..., m, n] -> s B^T [..., m, k], A^T s [..., k, n]."""
     ranks = node.rank(0), node.rank(1)
-    if min(ranks) < 2 or (len(node.data) > 1 and ranks[0] != ranks[1]):
+    if min(ranks) < 2 or (len(node.data) > 1 and ranks[0] != ranks[1]) or (1 in node.data and ranks[1] == 2):
         raise UnsupportedError(f"{node!r}: a matrix product of ranks {ranks[0]} and {ranks[1]}")
     both = {0: lambda: s @ _turned(op, node.input(1), ranks[1]), 1: lambda: _turned(op, node.input(0), ranks[0]) @ s}
     parts = Parts(both[i]() for i in node.data)
@@ -43,27 +44,68 @@ def log_softmax(op: Graph, node: Node, s: Value) -> Value:
     return s - op.Exp(node.output()) * op.ReduceSum(s, [softmax_axis(node)], keepdims=1)
 
 
+def _einsum_family(node: gs.Node, data: int) -> str:
+    return "matmul" if data > 1 else "average"
+
+
+@transpose("Einsum", family=_einsum_family, sign=KEEPS)
+def einsum(op: Graph, node: Node, s: Value) -> Value | Parts:
+    """Z = einsum(A, B): to A einsum(s, B), to B einsum(A, s), each with its own letters as the result."""
+    inputs, _, result = str(node.attrs["equation"]).replace(" ", "").partition("->")
+    terms = inputs.split(",")
+    parts = Parts()
+    for i in node.data:
+        others = [k for k in range(len(terms)) if k != i]
+        known = {*result, *(letter for k in others for letter in terms[k])}
+        if "." in inputs or not result or len(set(terms[i])) < len(terms[i]) or not set(terms[i]) <= known:
+            raise UnsupportedError(
+                f"{node!r}: the equation {node.attrs['equation']} has an ellipsis, a diagonal, no result or a plain sum",
+                hint="write it as MatMul and ReduceSum",
+            )
+        equation = f"{','.join([result, *(terms[k] for k in others)])}->{terms[i]}"
+        parts.append(op.Einsum(s, *(node.input(k) for k in others), equation=equation))
+    return parts if len(parts) > 1 else parts[0]
+
+
 class Normalization:
-    """y = gamma (x - mean) / sigma + beta over the normalized axes; RmsNorm has no mean and no beta."""
+    """y = gamma (x - mean) / sigma + beta over the normalized axes; RmsNorm has no mean and no beta.
+
+    LayerNormalization, RmsNorm: the axes from `axis` on; InstanceNormalization: all positions of a channel;
+    GroupNormalization: all positions of the channels of a group.
+    """
 
     def __init__(self, op: Graph, node: Node) -> None:
         rank = node.rank(0)
-        start = int(node.attrs.get("axis", -1)) % rank
-        self.axes = list(range(start, rank))
         self.x = node.input(0)
-        centred = self.x if node.op == "RmsNorm" else self.x - self.mean(op, self.x)
-        variance = self.mean(op, centred * centred)
-        self.centred = centred
-        self.sigma = op.Sqrt(variance + float(node.attrs.get("epsilon", 1e-5)))
-        self.gamma = node.input(1) if node.has(1) else op.as_value(1.0)
         self.has_mean = node.op != "RmsNorm"
+        self.gamma = node.input(1) if node.has(1) else op.as_value(1.0)
+        self.groups, self.channels, self.rank = int(node.attrs.get("num_groups", 0)), node.dims(0)[1], rank
+        if node.op in ("InstanceNormalization", "GroupNormalization"):
+            self.axes = list(range(2, rank))
+            if self.groups and self.channels is None:
+                raise UnsupportedError(f"{node!r}: the number of channels is not known")
+            scale = node.array(1)
+            if scale is None:
+                raise UnsupportedError(f"{node!r}: its scale is computed while running")
+            each = (self.channels or 0) // self.groups if self.groups and scale.size == self.groups else 1
+            self.gamma = op.constant(np.repeat(scale, each).reshape(-1, *[1] * (rank - 2)), op.dtype)
+        else:
+            self.axes = list(range(int(node.attrs.get("axis", -1)) % rank, rank))
+        self.centred = self.x - self.mean(op, self.x) if self.has_mean else self.x
+        variance = self.mean(op, self.centred * self.centred)
+        self.sigma = op.Sqrt(variance + float(node.attrs.get("epsilon", 1e-5)))
 
     def mean(self, op: Graph, v: Value) -> Value:
-        """Mean over the normalized axes, kept."""
-        return op.ReduceMean(v, self.axes, keepdims=1)
+        """Mean over the normalized axes, in a shape that broadcasts against v."""
+        if not self.groups:
+            return op.ReduceMean(v, self.axes, keepdims=1)
+        channels = int(self.channels or 0)
+        of_groups = op.ReduceMean(op.Reshape(v, [0, self.groups, -1]), [2], keepdims=1)
+        of_channels = op.Expand(of_groups, [1, self.groups, channels // self.groups])
+        return op.Reshape(of_channels, [-1, channels, *[1] * (self.rank - 2)])
 
 
-@transpose("LayerNormalization", "RmsNorm", family="layernorm")
+@transpose("LayerNormalization", "InstanceNormalization", "GroupNormalization", "RmsNorm", family="layernorm")
 def layer_normalization(op: Graph, node: Node, s: Value) -> Value:
     """u = s gamma / sigma; u - mean(u) - centred mean(u centred) / sigma^2."""
     n = Normalization(op, node)

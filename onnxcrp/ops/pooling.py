@@ -10,8 +10,8 @@ import onnx_graphsurgeon as gs
 from onnxcrp.errors import UnsupportedError
 from onnxcrp.evaluate import evaluate_node
 from onnxcrp.graph import Graph, Value
-from onnxcrp.ops.geometry import pooled, scatter, separable, window
-from onnxcrp.ops.registry import KEEPS, Node, Ones, transpose
+from onnxcrp.ops.geometry import expand_batch, pooled, scatter, separable, window
+from onnxcrp.ops.registry import KEEPS, NONNEGATIVE, Node, Ones, transpose
 
 
 def _again(op: Graph, node: Node, a: Value, W: Value, b: Value) -> Value:
@@ -95,6 +95,8 @@ def max_pool(op: Graph, node: Node, s: Value) -> Value:
         return _max_pool_of_tiles(op, node, a, s, attrs)
     indices = op.node("MaxPool", [a], attrs, outputs=2)[1]
     size = op.ReduceProd(node.size(0, 1), keepdims=1)
+    # a message that does not depend on the sample (a seed of ones) has batch 1 where the winners have more
+    s = expand_batch(op, s, op.Max(op.shape(s, 0, 1), op.shape(a, 0, 1)), node.rank(0))
     flat = op.Reshape(s, op.Concat(op.shape(s, 0, 1), [-1], axis=0))
     places = op.Expand(op.Reshape(op.Mod(indices, size), op.Concat(op.shape(a, 0, 1), [-1], axis=0)), op.shape(flat))
     zeros = op.Expand(0.0, op.Concat(op.shape(s, 0, 1), size, axis=0))
@@ -179,6 +181,24 @@ def mean(op: Graph, node: Node, s: Value) -> Value:
 def reduce_sum(op: Graph, node: Node, s: Value) -> Value:
     """s to every entry of the sum."""
     return node.like(_kept(op, node, s))
+
+
+def _length(op: Graph, node: Node) -> Value:
+    """The output with the reduced axes back, 1 where it is 0: there every entry is 0, too."""
+    y = _kept(op, node, node.output())
+    return op.Where(y > 0.0, y, 1.0)
+
+
+@transpose("ReduceL2", family="average", sign=NONNEGATIVE, ones=_reduce_ones)
+def reduce_l2(op: Graph, node: Node, s: Value) -> Value:
+    """s x / y, y the length: by share an entry gets x^2 / y^2 of the relevance."""
+    return node.input(0) * (_kept(op, node, s) / _length(op, node))
+
+
+@transpose("ReduceL1", family="average", sign=NONNEGATIVE, ones=_reduce_ones)
+def reduce_l1(op: Graph, node: Node, s: Value) -> Value:
+    """s sign(x): by share an entry gets |x| / y of the relevance."""
+    return op.Sign(node.input(0)) * _kept(op, node, s)
 
 
 @transpose("GlobalMaxPool", "ReduceMax", family="max", sign=KEEPS, ones=_reduce_ones)
@@ -273,7 +293,16 @@ def _block(node: Node) -> list[int] | None:
     return [int(scale) for scale in scales[2:]]
 
 
-@transpose("Resize", family=_resize_family, sign=_resize_sign, forward=_again)
+def _resize_ones(op: Graph, node: Node) -> Ones:
+    rank = node.rank(0)
+    connected = {axis: (matrix != 0).astype(np.float64) for axis, matrix in resize_matrices(node).items()}
+    count = np.ones([1] * rank)
+    for axis, matrix in connected.items():
+        count = count * matrix.sum(1).reshape([-1 if i == axis else 1 for i in range(rank)])
+    return Ones(op.constant(count.astype(op.dtype)), lambda s: separable(op, s, connected, rank))
+
+
+@transpose("Resize", family=_resize_family, sign=_resize_sign, forward=_again, ones=_resize_ones)
 def resize(op: Graph, node: Node, s: Value) -> Value:
     """The transposed interpolation matrices, axis by axis; each axis is resampled by itself in every mode."""
     block = _block(node) if None in node.dims(0)[1:] else None

@@ -99,6 +99,8 @@ def slice_(op: Graph, node: Node, s: Value) -> Value:
         raise UnsupportedError(f"{node!r}: which axes are cut is computed while running")
     axes = [int(a) % rank for a in given] if node.has(3) else list(range(len(given)))
     for position, axis in reversed(list(enumerate(axes))):
+        if axis == 0 and leaves_batch(node.node, rank):
+            continue
         start, end = (_entry(op, node, i, position) for i in (1, 2))
         step = _entry(op, node, 4, position) if node.has(4) else op.as_value([1])
         bounds = [int(v.array[0]) for v in (start, end, step) if v.array is not None]
@@ -109,6 +111,24 @@ def slice_(op: Graph, node: Node, s: Value) -> Value:
         every = op.Range(zero, op.Squeeze(node.size(0, axis, axis + 1), [0]), one)
         s = scatter_axis(op, node, s, axis, op.Slice(every, start, end, [0], step))
     return s
+
+
+def leaves_batch(node: gs.Node, rank: int) -> bool:
+    """Whether a Slice takes all of axis 0."""
+    starts, ends, axes, steps = [node.inputs[i] if i < len(node.inputs) else None for i in (1, 2, 3, 4)]
+    if axes is None or axes.is_empty():
+        position = 0
+    elif isinstance(axes, gs.Constant):
+        named = [int(a) % rank for a in axes.values]
+        if 0 not in named:
+            return True
+        position = named.index(0)
+    else:
+        return False
+    if not isinstance(starts, gs.Constant) or not isinstance(ends, gs.Constant):
+        return False
+    step = int(steps.values[position]) if isinstance(steps, gs.Constant) else 1
+    return int(starts.values[position]) == 0 and int(ends.values[position]) >= 2**31 - 1 and step == 1
 
 
 def _entry(op: Graph, node: Node, index: int, position: int) -> Value:
@@ -152,8 +172,10 @@ def gather(op: Graph, node: Node, s: Value) -> Value:
         return embedding(op, node, s)
     indices = node.array(1)
     axis = _axis(node)
-    if indices is None or axis == 0:
-        raise UnsupportedError(f"{node!r}: entries are picked by a computed index or from the batch axis")
+    if indices is None or (axis == 0 and node.rank(0) == 1):
+        return _gather_back(op, node, s, axis)
+    if axis == 0 and node.dims(0)[0] is None:
+        raise UnsupportedError(f"{node!r}: entries are picked from the batch axis")
     size = node.dims(0)[axis]
     if indices.ndim == 0:
         s = op.Unsqueeze(s, [axis])
@@ -175,6 +197,22 @@ def gather(op: Graph, node: Node, s: Value) -> Value:
     elif (flat < 0).any():
         raise UnsupportedError(f"{node!r}: negative indices into an axis of unknown size")
     return scatter_axis(op, node, s, axis, op.constant(flat))
+
+
+def _gather_back(op: Graph, node: Node, s: Value, axis: int) -> Value:
+    """Entries picked by an index that only the run knows, or from one flat tensor of all samples."""
+    if axis == 0 and node.rank(0) > 1:
+        raise UnsupportedError(f"{node!r}: entries are picked from the batch axis")
+    picked, inner = op.value(node.node.inputs[1]), node.rank(1)
+    if axis == 0:  # what was picked from the flat tensor has no batch of its own: it must be there in full
+        s = op.Expand(s, op.shape(node.output()))
+    around = [op.shape(s, 0, axis)] if axis else []
+    after = [op.shape(s, axis + inner)] if axis + 1 < node.rank(0) else []
+    s = op.Reshape(s, op.Concat(*around, [-1], *after, axis=0) if around or after else [-1])
+    flat = op.Cast(op.Reshape(picked, [-1]), to=7)
+    size = op.Squeeze(node.size(0, axis, axis + 1), [0])
+    flat = op.Where(op.Less(flat, op.constant(np.int64(0))), op.Add(flat, size), flat)
+    return scatter_axis(op, node, s, axis, flat)
 
 
 @transpose("Pad", family="rearrangement", sign=KEEPS)
