@@ -1,7 +1,7 @@
 """Fills in what the README shows of the program's own: output of its commands, the table of operators.
 
-    python -m docs.readme            # run the commands, write README.md and the pictures
-    python -m docs.readme --check    # say what would change, exit 1 if anything but a figure would
+`python -m docs.readme` runs the commands and writes README.md and the pictures; with `--check` it exits 1 if anything
+but a figure would change.
 """
 
 from __future__ import annotations

@@ -152,7 +152,7 @@ def assign(facts: Facts, composite: Composite, nodes: Iterable[gs.Node]) -> dict
         listed = ", ".join(f"{facts.names.of(node)} ({node.op}, {facts.family(node)})" for node in unmatched[:12])
         raise CompositeError(
             f"composite {composite.name} has no rule for {listed}",
-            hint=f'add a [[layer]] with op = "{unmatched[0].op}" and a rule, or extends = "base": the lines presets share',
+            hint=f'add a [[layer]] with op = "{unmatched[0].op}" and a rule, or extends = "base" at the top',
         )
     return rules
 
@@ -483,12 +483,15 @@ class _Writer:
         if node.op not in _BROADCASTING:
             return R
         wide, narrow = dims(node.outputs[0]), dims(source)
-        if len(narrow) < len(wide):
-            raise UnsupportedError(
-                f"{node.name} ({node.op}): {source.name} of rank {len(narrow)} is broadcast to rank {len(wide)}, "
-                "batch axis included",
-                hint="give it the rank of its partner",
-            )
+        missing = len(wide) - len(narrow)
+        if missing > 0:
+            if any(size != 1 for size in wide[:missing]):
+                raise UnsupportedError(
+                    f"{node.name} ({node.op}): {source.name} of rank {len(narrow)} is broadcast to rank {len(wide)}, "
+                    "batch axis included",
+                    hint="give it the rank of its partner",
+                )
+            R, wide = self.op.Squeeze(R, list(range(missing))), wide[missing:]
         axes = [i for i in range(1, len(wide)) if narrow[i] == 1 and wide[i] != 1]
         return self.op.ReduceSum(R, axes, keepdims=1) if axes else R
 

@@ -42,6 +42,7 @@ class Line:
     rule: str
     parameters: Mapping[str, Any]  # the rule's own, and `stabilizer`, `bias` where the line sets them
     where: str = field(default="", compare=False)  # file and table, for messages
+    own: bool = field(default=False, compare=False)  # written in the user's own file, neither preset nor extended
 
     def fits(self, *, op: str, source_op: str, family: str, names: Sequence[str], depth: int) -> bool:
         """Whether this line decides the rule of the node so described."""
@@ -51,6 +52,13 @@ class Line:
             and (not self.names or any(fnmatchcase(name, glob) for glob in self.names for name in names))
             and (self.first is None or 1 <= depth <= self.first)
         )
+
+    @property
+    def shown(self) -> str:
+        """`table 1 (line 3) name = features.*`: where it is in its file, and what it asks for."""
+        asked = {"op": ", ".join(self.ops), "name": ", ".join(self.names), "first": self.first}
+        which = ", ".join(f"{key} = {value}" for key, value in asked.items() if value)
+        return f"table {self.where.rpartition('[[layer]] ')[2]} {which or f'rule = {self.rule}'}"
 
     @property
     def missing(self) -> tuple[str, ...]:
@@ -258,7 +266,8 @@ def _read(path: Path, seen: tuple[Path, ...]) -> Composite:
     lines = []
     for number, layer in enumerate(layers, 1):
         at = f" (line {numbers[number - 1]})" if len(numbers) == len(layers) else ""
-        lines.append(_line(layer, f"{shown}: [[layer]] {number}{at}"))
+        own = not seen and path.parent != _folder()
+        lines.append(_line(layer, f"{shown}: [[layer]] {number}{at}", own=own))
     return Composite(name=path.stem, lines=(*lines, *(parent.lines if parent else ())), **top)
 
 
@@ -272,7 +281,7 @@ def _extended(name: Any, path: Path, where: str, seen: tuple[Path, ...]) -> Comp
         raise CompositeError(f"{where}: extends: {error.message}", hint=error.hint) from error
 
 
-def _line(table: dict[str, Any], where: str) -> Line:
+def _line(table: dict[str, Any], where: str, *, own: bool = False) -> Line:
     """One `[[layer]]` table, checked against the signature of its rule."""
     from onnxcrp.lrp import RULES
 
@@ -300,14 +309,15 @@ def _line(table: dict[str, Any], where: str) -> Line:
                 f'{where}: op "{op}" is unknown{_suggest(op, (*known, *_op_types()))}',
                 hint=f"an ONNX operator such as Conv, or a family: {', '.join(known)}",
             )
-    own = {key: value for key, value in table.items() if key not in LINE_KEYS}
+    given = {key: value for key, value in table.items() if key not in LINE_KEYS}
     return Line(
         ops=ops,
         names=_words(table, "name", where),
         first=first,
         rule=rule,
-        parameters=_parameters(rule, own, {}, where),
+        parameters=_parameters(rule, given, {}, where),
         where=where,
+        own=own,
     )
 
 
@@ -414,7 +424,11 @@ def _checked(name: str, value: Any, where: str) -> Any:
 
 def _split_call(text: str) -> tuple[str, dict[str, Any]]:
     """`name(low=-3, high=[1, 2])` -> name, parameters; a text without a call (or an existing file) is a name."""
-    if not text.endswith(")") or Path(text).is_file():
+    if Path(text).is_file():
+        return text, {}
+    if text.count("(") > text.count(")"):
+        raise CompositeError(f"{text}: a parenthesis is not closed", hint='write "name(low=-3, high=3)"')
+    if not text.endswith(")"):
         return text, {}
     for at in (match.start() for match in re.finditer(r"\(", text)):
         try:
@@ -430,8 +444,10 @@ def _split_call(text: str) -> tuple[str, dict[str, Any]]:
             try:
                 given[str(keyword.arg)] = ast.literal_eval(keyword.value)
             except ValueError as error:
+                shown = ast.unparse(keyword.value)
                 raise CompositeError(
-                    f"{text}: {keyword.arg} must be a number, a string or a list, got {ast.unparse(keyword.value)}"
+                    f"{text}: {keyword.arg} must be a number, a string or a list, got {shown}",
+                    hint=f"quote words: {keyword.arg}='{shown}'" if isinstance(keyword.value, ast.Name) else None,
                 ) from error
         return text[:at].strip(), given
     raise CompositeError(f"{text}: cannot be read as a composite", hint='write "name(low=-3, high=3)"')

@@ -327,6 +327,11 @@ def _cast(where: str, x: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """One sample in the model's type, if its values allow it."""
     if x.dtype.kind not in "biuf":
         raise InputError(f"{where}: holds {x.dtype} values, expected {dtype.name}")
+    if dtype.kind == "f" and x.dtype.kind != "f":
+        hint = f"save x.astype(numpy.{dtype.name}) if the values are right as they are"
+        if x.dtype == np.uint8:
+            hint = "these look like raw pixels: scale and normalize them as in training, or pass a picture file"
+        raise InputError(f"{where}: holds {x.dtype} values, expected {dtype.name}", hint=hint)
     if x.dtype.kind == "f" and not np.isfinite(x).all():
         raise InputError(
             f"{where}: holds {'NaN' if np.isnan(x).any() else 'infinite'} values", hint="fill or drop them"

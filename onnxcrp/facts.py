@@ -53,8 +53,9 @@ def dims(tensor: gs.Tensor) -> list[Any]:
 class Facts:
     """What can be known of a canonical model before it runs.
 
-    `output` names the model output to be explained (the first floating-point one if None), `inputs` those whose relevance is asked
-    for (None: all that relevance can reach). The seed starts before a terminal Softmax or Sigmoid unless `keep_head`.
+    `output` names the model output to be explained (the first floating-point one if None), `inputs` those whose
+    relevance is asked for (None: all that relevance can reach). The seed starts before a terminal Softmax or Sigmoid
+    unless `keep_head`.
     """
 
     def __init__(

@@ -238,21 +238,28 @@ class Asked:
         return table
 
     def warn(self, explained: np.ndarray) -> None:
-        """One NegativeLogitWarning if a logit that seeds relevance is negative."""
+        """A NegativeLogitWarning for each target whose explained output (the weighted sum) is negative."""
         if self.hidden or self._seed != "output":
             return
+        found: dict[str, dict[int, float]] = {}  # target -> sample: value
         for number, target in enumerate(self.targets):
             for row in [number] if self.pairwise else range(self.batch):
-                logits = explained[row][_of(target.weights, row) != 0]
-                if (logits < 0).any():
-                    warnings.warn(
-                        f"the explained output of target {words.target_text(_of(target.labels, row))} is negative "
-                        f'({logits.min():.3g}, sample {row}): all signs of its relevance are inverted (seed="abs" '
-                        "keeps them)",
-                        NegativeLogitWarning,
-                        stacklevel=3,
-                    )
-                    return
+                value = float(np.sum(explained[row] * _of(target.weights, row), dtype=np.float64))
+                if value < 0:
+                    found.setdefault(words.target_text(_of(target.labels, row)), {})[row] = value
+        for label, rows in found.items():
+            row, value = next(iter(rows.items()))
+            more = f" and {len(rows) - 1} more" if len(rows) > 1 else ""
+            message = negative(label, value, f"sample {row}{more}", 'seed="abs"')
+            warnings.warn(message, NegativeLogitWarning, stacklevel=3)
+
+
+def negative(label: str, value: float, where: str, remedy: str) -> str:
+    """What a NegativeLogitWarning says."""
+    return (
+        f"the explained output of target {label} is negative ({value:.3g}, {where}): all signs of its relevance are "
+        f"inverted ({remedy} keeps them)"
+    )
 
 
 def listed(names: str | Iterable[str]) -> list[str]:

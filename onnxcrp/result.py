@@ -16,7 +16,11 @@ from onnxcrp import condition as words
 from onnxcrp.errors import OnnxcrpError, QuestionError
 
 
-class NegativeLogitWarning(UserWarning):
+class ExplanationWarning(UserWarning):
+    """An answer is not what its reader may take it for."""
+
+
+class NegativeLogitWarning(ExplanationWarning):
     """The explained output is negative, so that the signs of all relevance are the wrong way round."""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 
 import pytest
+
 from tests.support import peers
 from tests.support.cases import NETS
 

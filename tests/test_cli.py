@@ -231,6 +231,67 @@ def test_a_negative_output_is_a_warning_on_stderr():
     assert done("explain", *SHAPES, "-t", "0", "--seed", "abs").stderr == ""
 
 
+def test_warnings_name_each_negative_target_once():
+    result = done(
+        "explain", *SHAPES, "-t", "top3", "-t", "2", "--top-concepts", f"{LAYER}:2", "--condition", f"{LAYER}=3"
+    )
+    told = [line for line in result.stderr.splitlines() if line.startswith("warning")]
+    assert [re.findall(r"target (\d) is negative \((\S+), (.+?)\)", line) for line in told] == [
+        [("2", "-0.603", SHAPES[1])], [("5", "-2.56", SHAPES[1])]]  # fmt: skip
+    for target in ("0+1", "1-0"):
+        assert done("explain", *SHAPES, "-t", target).stderr == ""
+    assert "target 2-1 is negative (-8.79, " in done("explain", *SHAPES, "-t", "2-1").stderr
+    assert done("explain", *SHAPES, "-t", "0", "-q").stderr == ""
+
+
+def test_a_target_by_its_class_name():
+    one = done("explain", *SHAPES, "-t", "BALL", "--json").stdout
+    assert one == done("explain", *SHAPES, "-t", "1", "--json").stdout
+    assert json.loads(done("verify", *SHAPES, "-t", "ball", "--json").stdout)["target"] == "1"
+
+
+def test_relevance_that_biases_absorb_is_told(folder):
+    """y = x0 + x1 + 100 at x = 0.1: of 100.2 epsilon passes on 0.2."""
+    model = onnx.parser.parse_model(
+        """<ir_version: 8, opset_import: ["" : 18]>
+        net (float[N, 2] x) => (float[N, 2] y) <float[2, 2] W = {1, 0, 1, 1}, float[2] b = {100, 0}> {
+          y = Gemm(x, W, b) }"""
+    )
+    onnx.save(model, "net.onnx")
+    np.save("x.npy", np.full((2, 2), 0.1, np.float32))
+    told = done("explain", "net.onnx", "x.npy", "-t", "0", "-t", "1", "-c", "epsilon(epsilon=1e-4)").stderr
+    assert told.count("\n") == 1
+    assert "target 0: only 0.2 of 100 arrives" in told
+    assert "onnxcrp verify" in told
+    call = re.findall(r'--composite "(.+)" shares', told)[0]
+    assert call == "epsilon(epsilon=0.0001, bias='drop')"
+    for arguments in (["-c", call], ["-c", "gradient"], ["-t", "1", "-c", "epsilon"], ["-q"]):
+        assert done("explain", "net.onnx", "x.npy", *arguments).stderr == ""
+
+
+def test_recorded_sums_are_in_the_json():
+    report = json.loads(done("explain", *SHAPES, "-t", "1", "--record", LAYER, "--json").stdout)
+    expected = Explainer(SHAPES[0]).explain(shapes_sample(), target=1, record=[LAYER]).relevance[LAYER].sum()
+    assert report["samples"][0]["answers"][0]["recorded"] == {LAYER: pytest.approx(float(expected), rel=1e-4)}
+
+
+def test_a_composite_line_that_fits_nothing_is_told(folder):
+    (folder / "mine.toml").write_text('extends = "epsilon_plus"\n\n[[layer]]\nname = "nosuchlayer*"\nrule = "zplus"\n')
+    line = "lines that fit nothing: table 1 (line 3) name = nosuchlayer*"
+    assert f"  {line}\n" in done("inspect", SHAPES[0], "-c", "mine.toml").stdout
+    for arguments in (["explain", *SHAPES], ["compile", SHAPES[0], "-o", "a.onnx"]):
+        assert done(*arguments, "-c", "mine.toml").stderr.count(line) == 1
+    assert "fit nothing" not in done("inspect", SHAPES[0], "-c", "epsilon_gamma_box").stdout
+    (folder / "mine.toml").write_text(f'extends = "epsilon_plus"\n\n[[layer]]\nname = "{LAYER}"\nrule = "gamma"\n')
+    assert done("explain", *SHAPES, "-c", "mine.toml").stderr == ""
+
+
+def test_a_colormap_of_matplotlib_without_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert "hint: one of bwr" in (told := run("explain", *SHAPES, "--cmap", "plasma").stderr)
+    assert "is not installed" in told
+
+
 def test_preprocessing_gives_the_bounds_that_a_composite_needs():
     done("explain", *SHAPES, "-t", "1", "-c", "epsilon_gamma_box", "-o", "a.npz")
     done("explain", *SHAPES, "-t", "1", "-c", "epsilon_gamma_box(low=-2, high=1.984375)", "-o", "b.npz")
@@ -311,6 +372,28 @@ def test_signals_are_drawn_one_panel_per_question():
         assert two.height > one.height + 150
 
 
+def test_what_is_read_is_never_written(folder):
+    model, picture = folder / "net.onnx", folder / "mine.png"
+    model.write_bytes(Path(SHAPES[0]).read_bytes())
+    picture.write_bytes(Path(SHAPES[1]).read_bytes())
+    (folder / "link.png").symlink_to(picture)
+    (folder / "weights.npz").write_bytes((FIXTURES / "ecg" / "samples.npz").read_bytes())
+    before = {path: path.read_bytes() for path in (model, picture, folder / "weights.npz")}
+    tf = ["--preprocess", "tf"]
+    for arguments in (
+        ["compile", "net.onnx", "-o", "net.onnx"],
+        ["explain", "net.onnx", "mine.png", *tf, "-o", "mine.png"],
+        ["explain", "net.onnx", "mine.png", *tf, "-o", "link.png"],
+        ["explain", "net.onnx", "mine.png", *tf, "-o", "./"],
+        ["explain", ECG[0], "weights.npz[0]", "-o", "weights.npz"],
+        ["verify", ECG[0], "weights.npz[0]", "--spread-bias", "-o", "weights.npz"],
+    ):
+        result = run(*arguments)
+        assert result.exit_code == 1
+        assert "would overwrite what is read" in result.stderr
+    assert {path: path.read_bytes() for path in before} == before
+
+
 def test_nothing_else_is_left_behind(folder):
     done("explain", *SHAPES, "-o", "a.png", "-o", "a.npz")
     done("compile", SHAPES[0], "-o", "a.onnx")
@@ -349,6 +432,16 @@ def test_inspect_tells_what_the_file_is():
     assert re.search(rf"^  {LAYER} +Conv .*\[batch, 32, 16, 16\] +32 .*zplus$", text, re.MULTILINE)
     assert "relu" not in text
     assert len(done("inspect", SHAPES[0], "--all").stdout.splitlines()) > len(text.splitlines())
+
+
+def test_inspect_is_brief():
+    from onnxcrp.cli.inspect import _brief
+
+    assert _brief("Relu a, b, c, d, e, f stay") == "Relu a, b, c, d, e, f stay"
+    assert _brief("Relu a, b, c, d, e, f, g, h stay") == "Relu a, b, c, d, e, f and 2 more stay"
+    long = _brief("onnxruntime failed:\n" + "Status Message: no\n" * 40)
+    assert len(long) <= 160
+    assert "\n" not in long
 
 
 def test_inspect_names_what_is_unsupported(folder):
@@ -447,7 +540,16 @@ def test_verify_writes_relevance_with_spread_biases():
         (["explain", SHAPES[0], ECG[1]], "a table holds 1-D signals", "pass a picture"),
         (["explain", ECG[0], SHAPES[1]], "the model takes 1-D signals", ".csv"),
         (["explain", *SHAPES, "-t", "9"], "target class 9 is out of range", ""),
-        (["explain", *SHAPES, "-t", "disc"], 'target "disc" cannot be read', "207-281"),
+        (["explain", *SHAPES, "-t", "sphere"], 'target "sphere" cannot be read', "207-281"),
+        (["explain", *SHAPES, "-t", "bal"], 'target "bal" cannot be read', "'ball'"),
+        (["explain", *SHAPES, "-t", ""], 'target "" cannot be read', "208"),
+        (["explain", *SHAPES, "--condition", ""], 'condition "" cannot be read', "LAYER=3,7"),
+        (["explain", *SHAPES, "-o", "-"], "cannot be written to stdout", "NAME.png"),
+        (["explain", *SHAPES, "-o", "/dev/null"], "cannot write /dev/null: it is no regular file", "folder"),
+        (["compile", SHAPES[0], "-o", "-"], "cannot be written to stdout", "NAME.onnx"),
+        (["compile", SHAPES[0], "-o", "foo.txt"], "foo.txt: a relevance model is an .onnx file", "foo.onnx"),
+        (["verify", *SHAPES, "--spread-bias", "-o", "x.png"], "is an .npz file", "x.npz"),
+        (["verify", *SHAPES, "--spread-bias", "-o", "/dev/null"], "it is no regular file", "NAME.npz"),
         (["explain", *SHAPES, "-t", "top9"], "has 6 entries only", ""),
         (["explain", *SHAPES, "--condition", f"{LAYER}=99"], "channel 99 is out of range", ""),
         (["explain", *SHAPES, "--condition", "layer2.0.conv9=1"], "there is no layer 'layer2.0.conv9'", LAYER),
@@ -455,7 +557,7 @@ def test_verify_writes_relevance_with_spread_biases():
         (["explain", *SHAPES, "--condition", f"y=1+{LAYER}=1", "--start", f"{LAYER}=2"], "has no start", "apart"),
         (["explain", *SHAPES, "--top-concepts", "layer9:3"], "there is no layer 'layer9'", ""),
         (["explain", *SHAPES, "--top-concepts", f"{LAYER}:0"], "at least one", f"{LAYER}:5"),
-        (["explain", *SHAPES, "--record", "layer9"], "there is no layer 'layer9'", ""),
+        (["explain", *SHAPES, "--record", "layer9", "--json"], "there is no layer 'layer9'", ""),
         (["explain", *SHAPES, "-c", "epsilonn"], 'composite "epsilonn" is unknown', "presets"),
         (["explain", *SHAPES, "-c", "epsilon(gamma=3)"], 'no rule of this composite has a parameter "gamma"', ""),
         (["explain", *SHAPES, "--cmap", "blub"], "unknown colormap 'blub'", "bwr"),
@@ -464,7 +566,7 @@ def test_verify_writes_relevance_with_spread_biases():
         (["explain", *SHAPES, "--labels", "nope.txt"], "nope.txt: no such file", ""),
         (["explain", *SHAPES, "--labels", "fixtures/ecg/labels.txt"], "holds 5 class names", ""),
         (["explain", *SHAPES, "--preprocess", "imgnet"], "neither a preset", "imagenet"),
-        (["explain", *SHAPES, "--provider", "tpu"], "offers no 'tpu'", ""),
+        (["explain", *SHAPES, "--provider", "tpu"], "offers no 'tpu'", "its short names: "),
         (["explain", *SHAPES, "--output", "nope"], "the model has no output 'nope'", "logits"),
         (["compile", SHAPES[0], "-o", "x.onnx", "--condition", "layer7"], "there is no layer 'layer7'", "nearest"),
         (["compile", SHAPES[0], "-o", "nowhere/x.onnx"], "cannot write nowhere/x.onnx", ""),
@@ -494,6 +596,16 @@ def test_errors_are_one_line_and_a_hint(arguments, message, hint, folder):
         (["explain", *SHAPES, "--seed", "two"], "'two' is not one of"),
         (["explain", *SHAPES, "--start", f"{LAYER}=3", "-t", "1"], "no --target"),
         (["explain", *SHAPES, "--percentile", "0"], "--percentile"),
+        (["explain", *SHAPES, "--percentile", "nan"], "'nan' is no number"),
+        (["explain", *SHAPES, "--record", LAYER], "--record does nothing without"),
+        (["explain", *SHAPES, "--record", LAYER, "-o", "a.png"], "--record does nothing without"),
+        (["explain", *SHAPES, "--start-from", "one"], "--start-from does nothing without --start"),
+        (["explain", *SHAPES, "--by", "abs"], "--by does nothing without --top-concepts"),
+        (["explain", *SHAPES, "--bypass", "keep"], "--bypass does nothing without"),
+        (["compile", SHAPES[0], "-o", "a.onnx", "--start-from", "one"], "--start-from does nothing without --start"),
+        (["compile", SHAPES[0], "-o", "a.onnx", "--reduce", "sum"], "--reduce does nothing without --record"),
+        (["compile", SHAPES[0], "-o", "a.onnx", "--masks", "required"], "--masks does nothing without --condition"),
+        (["compile", SHAPES[0], "-o", "a.onnx", "--no-inputs"], "--no-inputs without --record"),
         (["compile", SHAPES[0]], "Missing option '-o'"),
         (["verify", SHAPES[0], "-o", "x.npz"], "--spread-bias"),
     ],

@@ -317,7 +317,9 @@ def test_mistakes_are_named_with_their_place(mistake, write):
         ("alpha2_beta1(alpha=3)", "set beta = 2"),
         ("epsilon(0.1)", "by name"),
         ("epsilon(epsilon=x)", "got x"),
-        ("epsilon(", "unknown"),
+        ("epsilon(", "a parenthesis is not closed"),
+        ("epsilon(epsilon=[1, 2)", "cannot be read"),
+        ("epsilon_plus_flat(bias=drop)", "quote words: bias='drop'"),
         ("epsilon(epsilon=)", "cannot be read"),
         ("nowhere/my.toml", "does not exist"),
         ("../rules/epsilon", "does not exist"),
@@ -331,3 +333,14 @@ def test_mistakes_in_a_call(call, message):
 def test_given_twice():
     with pytest.raises(CompositeError, match="in place and as a keyword"):
         composite.load("epsilon(epsilon=1)", epsilon=2)
+
+
+def test_own_lines_are_those_of_the_users_file(tmp_path):
+    (tmp_path / "mine.toml").write_text("[[layer]]\nname = 'fc*'\nfirst = 2\nrule = 'zplus'\n")
+    (tmp_path / "more.toml").write_text("extends = 'mine.toml'\n\n[[layer]]\nrule = 'gamma'\n")
+    assert [line.shown for line in composite.load(tmp_path / "mine.toml").lines if line.own] == [
+        "table 1 (line 1) name = fc*, first = 2"
+    ]
+    more = composite.load(f"{tmp_path / 'more.toml'}(gamma=1)")
+    assert [line.shown for line in more.lines if line.own] == ["table 1 (line 3) rule = gamma"]
+    assert not any(line.own for line in composite.load("epsilon_plus").lines)

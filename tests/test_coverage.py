@@ -41,7 +41,9 @@ def test_rows_are_kept_and_run_again_only_when_named(tmp_path: Path, monkeypatch
 
     def run(case: zoo.Case, exporter: str) -> coverage.Row:
         ran.append(f"{case.name} ({exporter})")
-        failed = {"exports": False, "error": "Error: a|b"} if exporter == "dynamo" else {"exports": True, "explains": True}
+        failed = (
+            {"exports": False, "error": "Error: a|b"} if exporter == "dynamo" else {"exports": True, "explains": True}
+        )
         return {"name": case.name, "group": case.group, "exporter": exporter, "composite": case.composite, **failed}
 
     monkeypatch.setattr(coverage, "run", run)

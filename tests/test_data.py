@@ -515,6 +515,12 @@ def test_several_inputs_come_from_one_archive(tmp_path, picture):
         (np.full((1, 3, 32, 32), 0.5), "uint8", "do not fit the model's uint8 input"),
         (np.full((1, 3, 32, 32), 256), "uint8", "do not fit the model's uint8 input"),
         (np.zeros((1, 3, 32, 32), complex), "float32", "holds complex128 values"),
+        (
+            np.zeros((1, 3, 32, 32), np.uint8),
+            "float32",
+            "holds uint8 values, expected float32 (hint: these look like raw",
+        ),
+        (np.zeros((1, 3, 32, 32), int), "float32", "holds int64 values, expected float32 (hint: save x.astype"),
         (np.zeros((0, 3, 32, 32)), "float32", "holds no samples"),
         (np.array([None, "x"], object), "float32", "holds Python objects"),
     ],

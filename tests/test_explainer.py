@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -284,6 +285,24 @@ def test_negative_logits_warn(net, dense):
         dense.explain(net.x[row : row + 1], int(column), seed=seed)
     row, column = np.argwhere(z > 0)[0]
     dense.explain(net.x[row : row + 1], int(column))
+
+
+def test_what_warns_is_the_weighted_sum(net, dense):
+    z = net.forward(net.x)[1][2]
+    row = next(r for r in range(len(z)) if z[r].min() < 0 < z[r].max())
+    x, low, high = net.x[row : row + 1], int(z[row].argmin()), int(z[row].argmax())
+    dense.explain(x, {high: 1, low: -1})  # warnings are errors
+    factor = 1 + abs(float(z[row, low] / z[row, high]))
+    dense.explain(x, {high: factor, low: 1})
+    value = float(z[row, low] - z[row, high])
+    with pytest.warns(NegativeLogitWarning) as caught:
+        dense.explain(x, conditions=[{"y": {low: 1, high: -1}}, {"y": low}, {"y": low, "fc1": [0]}])
+    told = [re.findall(r"target (\S+) is negative \((\S+), sample 0\)", str(each.message)) for each in caught]
+    contrast = f"{low}-{high}"
+    assert told == [
+        [(contrast, f"{value:.3g}")],
+        [(str(low), f"{z[row, low]:.3g}")],
+    ]  # a target under several conditions is named once
 
 
 def test_only_what_is_wanted(net, dense):
@@ -587,14 +606,13 @@ def test_concepts_of_tokens_are_on_the_last_axis():
 
 def test_inspect_a_model_that_cannot_be_explained():
     nodes = [
-        helper.make_node("Einsum", ["x", "x"], ["squares"], equation="ni,nj->nij", name="squares"),
-        helper.make_node("ReduceSum", ["squares", "axis"], ["y"], keepdims=0),
+        helper.make_node("Hardmax", ["x"], ["largest"], name="largest"),
+        helper.make_node("Relu", ["largest"], ["y"]),
     ]
     model = make(nodes, [("x", TensorProto.FLOAT, ["N", 3])], [("y", ["N", 3])], {})
-    model.graph.initializer.append(numpy_helper.from_array(np.array([2]), "axis"))
     explainer = Explainer(model, "epsilon")
-    assert [layer["op"] for layer in explainer.inspect()["unsupported"]] == ["Einsum"]
-    with pytest.raises(UnsupportedError, match="Einsum"):
+    assert [layer["op"] for layer in explainer.inspect()["unsupported"]] == ["Hardmax"]
+    with pytest.raises(UnsupportedError, match="Hardmax"):
         explainer.explain(np.ones((1, 3), np.float32), 1)
 
 

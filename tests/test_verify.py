@@ -412,6 +412,34 @@ def test_a_layer_can_be_chosen():
         verify(two_layers(), X, target=0, layer="nothing")
 
 
+def chain(top: str, weight: float = 1.0) -> onnx.ModelProto:
+    """Three convolutions of 4, 4 and 2 channels, the last one `top` into the output; `weight`: scale of the second."""
+    draw = np.random.default_rng(5)
+    W = [np.abs(draw.normal(size=shape)).astype(np.float32) for shape in ((4, 1, 3, 3), (4, 4, 3, 3), (2, 4, 3, 3))]
+    W[1][1:] *= weight  # 0: all relevance in the first channel
+    return parse(
+        f"""net (float[N, 1, 7, 7] x) => (float[N, 2] y) {{
+            c1 = Conv(x, A)  r1 = Relu(c1)  c2 = Conv(r1, B)  r2 = Relu(c2)  c3 = Conv(r2, C)  {top} }}""",
+        A=W[0], B=W[1], C=W[2], shape=np.asarray([0, -1], np.int64),
+    )  # fmt: skip
+
+
+def test_the_layer_of_the_conditional_sums_is_not_the_top_one():
+    x = np.abs(random(1, 1, 7, 7, seed=3))
+    for top in ("y = Flatten(c3)", "t = Transpose<perm = [0, 2, 3, 1]>(c3)  y = Reshape(t, shape)"):
+        report = verify(chain(top), x, target=0, composite="epsilon")
+        assert "4 parts of the 4 concepts of c2" in check(report, "conditional sums, cut").detail
+        assert check(report, "conditional sums, cut").ok
+    single = verify(chain("y = Flatten(c3)", weight=0.0), x, target=0, composite="epsilon")
+    assert "of the 4 concepts of c1" in check(single, "conditional sums, cut").detail  # c2 has relevance in one alone
+    nothing = verify(chain("y = Flatten(c3)"), 0 * x, target=0, composite="epsilon")
+    for name in ("conditional sums, cut", "conditional sums, keep"):
+        assert check(nothing, name).ok is None
+        assert check(nothing, name).detail.startswith("not applied: no layer below the top one has relevance")
+    named = verify(chain("y = Flatten(c3)"), 0 * x, target=0, composite="epsilon", layer="c1")
+    assert check(named, "conditional sums, cut").detail == "not applied: no relevance passes through c1"
+
+
 def test_samples_need_a_size():
     model = parse("net (float[N, T] x) => (float[N, T] y) { y = Relu(x) }")
     with pytest.raises(InputError, match="size is open"):

@@ -313,15 +313,25 @@ def _lrn(layer: Layer, R: np.ndarray) -> list[Branch]:
     return [Branch(R, x * own - x * others, 0.0, np.abs(x) * (own + others), layer.stabilizer)]
 
 
+PER_CHANNEL = ("InstanceNormalization", "GroupNormalization")
+
+
 @branches("layernorm")
 def _layernorm(layer: Layer, R: np.ndarray) -> list[Branch]:
     """x . (u - mean u) sums to (x - mean) . u, and that is z less beta times s."""
     inputs, x = layer.node.inputs, layer.a
-    axes = tuple(range(int(layer.node.attrs.get("axis", -1)) % x.ndim, x.ndim))
+    gamma = layer.value(inputs[1]) if len(inputs) > 1 and not inputs[1].is_empty() else np.ones(())
+    beta = layer.value(inputs[2]) if len(inputs) > 2 and not inputs[2].is_empty() else np.zeros(())
+    if layer.node.op in PER_CHANNEL:
+        groups = int(layer.node.attrs.get("num_groups", x.shape[1]))
+        gamma, beta = (np.repeat(v, x.shape[1] // v.size).reshape(-1, *[1] * (x.ndim - 2)) for v in (gamma, beta))
+        x = x.reshape(len(x), groups, -1)  # a group's own entries last
+        axes: tuple[int, ...] = (2,)
+    else:
+        axes = tuple(range(int(layer.node.attrs.get("axis", -1)) % x.ndim, x.ndim))
     sigma = np.sqrt(x.var(axes, keepdims=True) + layer.node.attrs.get("epsilon", 1e-5))
-    gamma = layer.value(inputs[1]) if len(inputs) > 1 and not inputs[1].is_empty() else 1.0
-    beta = layer.value(inputs[2]) if len(inputs) > 2 and not inputs[2].is_empty() else 0.0
-    terms = np.abs(gamma) * (np.abs(x) + np.abs(x).mean(axes, keepdims=True)) / sigma
+    terms = (np.abs(x) + np.abs(x).mean(axes, keepdims=True)) / sigma
+    terms = np.abs(gamma) * terms.reshape(layer.a.shape)
     return [Branch(R, layer.z, beta, terms + np.abs(beta), layer.stabilizer)]
 
 
@@ -463,6 +473,9 @@ def spread(layer: Layer, absorbed: np.ndarray) -> list[np.ndarray]:
     absorbed = np.asarray(absorbed)
     if layer.family == "dense":
         return [np.broadcast_to(absorbed.sum(-1, keepdims=True) / shape[-1], (len(absorbed), *shape)).copy()]
+    if node.op in PER_CHANNEL:
+        parts = absorbed.reshape(len(absorbed), int(node.attrs.get("num_groups", absorbed.shape[1])), -1)
+        return [np.broadcast_to(parts.mean(2, keepdims=True), parts.shape).reshape(absorbed.shape).copy()]
     if layer.family == "layernorm":
         axes = tuple(range(int(node.attrs.get("axis", -1)) % absorbed.ndim, absorbed.ndim))
         return [np.broadcast_to(absorbed.mean(axes, keepdims=True), absorbed.shape).copy()]

@@ -6,12 +6,14 @@ ranked, under each of the most relevant ones alone.
 
 from __future__ import annotations
 
+import difflib
 import itertools
 import json
 import os
 import re
 import secrets
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,21 +22,25 @@ import numpy as np
 
 from onnxcrp import condition as words
 from onnxcrp.condition import TARGET
-from onnxcrp.data import Sample, read_inputs, read_labels
+from onnxcrp.data import ARRAYS, PICTURES, Sample, locate, read_inputs, read_labels
 from onnxcrp.errors import InputError, OnnxcrpError, QuestionError
 from onnxcrp.explainer import Explainer
 from onnxcrp.picture import Panel, number, panels, save
 from onnxcrp.preprocessing import Preprocessing, for_model
+from onnxcrp.question import negative
 from onnxcrp.relevance import shape_of
-from onnxcrp.result import Result, plain
+from onnxcrp.result import ExplanationWarning, NegativeLogitWarning, Result, plain
 
 if TYPE_CHECKING:
+    import onnx
     from PIL import Image
 
     from onnxcrp.canonize import Canonical
     from onnxcrp.composite import Composite
+    from onnxcrp.facts import Facts
 
 MOST_IN_A_FIGURE = 24  # samples
+ABSORBED = 0.01  # less of the seed's relevance at the inputs than this is told
 
 
 # ------------------------------------------------------------------------------------------------- model and samples
@@ -98,6 +104,32 @@ def bounded(
     return loaded.with_parameters(**{name: value for name, value in known.items() if value is not None})
 
 
+def unused_lines(facts: Facts, composite: Composite) -> list[str]:
+    """Lines of the user's own composite file that fit no node which relevance passes: `table 1 (line 3) name = x*`."""
+    from onnxcrp.ops import OPS
+
+    own = [line for line in composite.lines if line.own]
+    if not own:
+        return []
+    reach = facts.between([facts.explained], None)
+    nodes = []
+    for node in facts.nodes:
+        family = facts.family(node) if node.op in OPS and facts.carries(node) else "rearrangement"
+        if family == "rearrangement" or not any(t.name in reach for t in node.outputs):
+            continue
+        source = facts.canonical.sources.get(node.name, node.op) if family == "dense" else node.op
+        about = {"op": node.op, "source_op": source, "family": family}
+        nodes.append({**about, "names": facts.names.all_of(node), "depth": facts.depth[node.name]})
+    return [line.shown for line in own if not any(line.fits(**node) for node in nodes)]
+
+
+def warn_of_unused_lines(facts: Facts, composite: Composite) -> None:
+    """One ExplanationWarning for all of them."""
+    if unused := unused_lines(facts, composite):
+        message = f"composite {composite.name}: lines that fit nothing: {'; '.join(unused)}"
+        warnings.warn(message, ExplanationWarning, stacklevel=2)
+
+
 @dataclass(frozen=True)
 class ClassNames:
     """What classes are called: line index + offset of the labels."""
@@ -114,7 +146,36 @@ class ClassNames:
             if len(names) < classes:
                 raise InputError(f"{path}: holds {len(names)} class names, the explained output {classes} classes")
             offset = offset if len(names) == classes + offset else 0
+            if len(names) > classes + offset:
+                warnings.warn(
+                    f"{path}: holds {len(names)} class names, the explained output {classes} classes: "
+                    f"the last {len(names) - classes} are not used",
+                    ExplanationWarning,
+                    stacklevel=2,
+                )
         return ClassNames(names, offset)
+
+    def target(self, text: str) -> Any:
+        """A target as `condition.parse_target` reads it, or a class by its name, whatever the case; QuestionError."""
+        try:
+            return words.parse_target(text)
+        except QuestionError as error:
+            wanted = text.strip().lower()
+            known = self.names[self.offset :]
+            found = [i for i, name in enumerate(known) if wanted in (name.lower(), name.split(",")[0].strip().lower())]
+            if len(found) == 1:
+                return found[0]
+            if len(found) > 1:
+                listed = ", ".join(map(str, found[:6]))
+                raise QuestionError(f'target "{text}" names several classes', hint=f"give a number: {listed}") from None
+            short = {name.split(",")[0].strip().lower(): name.split(",")[0].strip() for name in known}
+            near = difflib.get_close_matches(wanted, short, n=1)
+            hint = error.hint
+            if near:
+                hint = f"did you mean {short[near[0]]!r}?"
+            elif not known and re.search(r"[^\W\d]", text) and not wanted.startswith("top"):
+                hint = f"no class names are known (--labels), so only numbers work: {hint}"
+            raise QuestionError(error.message, hint=hint) from None
 
     def __call__(self, label: Any) -> str:
         """`disc`, `disc + ball`, the label itself where it has no name."""
@@ -174,6 +235,7 @@ class Answer:
     concept: Concept | None
     heatmap: np.ndarray | None
     relevance: float  # sum over the input
+    recorded: Mapping[str, float] = field(default_factory=dict)  # sum over each recorded layer
 
     @property
     def label(self) -> str:
@@ -192,6 +254,7 @@ class Answer:
             "condition": words.text(self.condition) if self.condition else None,
             "concept": vars(self.concept) if self.concept else None,
             "relevance": self.relevance,
+            **({"recorded": dict(self.recorded)} if self.recorded else {}),
         }
 
 
@@ -228,9 +291,69 @@ def explain(
     layout: str = "",
     names: ClassNames | None = None,
 ) -> Iterator[Explanation]:
-    """Answers sample by sample. `layout`: of the main input, so that channels are summed. Raises QuestionError."""
+    """Answers sample by sample. `layout`: of the main input, so that channels are summed. Raises QuestionError.
+
+    Warns with NegativeLogitWarning for every target of a sample that is negative, and, once, with ExplanationWarning
+    where next to nothing of the relevance arrives at the inputs.
+    """
+    silent = False
     for sample in samples:
-        yield _explain(explainer, sample, questions, layout, names or ClassNames())
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore", NegativeLogitWarning
+            )  # which counts samples by the call, and may come twice
+            found = _explain(explainer, sample, questions, layout, names or ClassNames())
+        _warn_of_negative(explainer, found, questions)
+        silent = silent or _warn_of_absorbed(explainer, found, questions)
+        yield found
+
+
+def _warn_of_negative(explainer: Explainer, found: Explanation, asked: Questions) -> None:
+    """A warning for each target of this sample whose explained output is negative, where that is the seed."""
+    if (asked.seed or explainer.composite.seed) != "output":
+        return
+    values = {words.target_text(a.target): a.value for a in found.answers if a.value is not None and a.value < 0}
+    for label, value in values.items():
+        message = negative(label, value, found.sample.source, "--seed abs")
+        warnings.warn(message, NegativeLogitWarning, stacklevel=3)
+
+
+def _warn_of_absorbed(explainer: Explainer, found: Explanation, asked: Questions) -> bool:
+    """Whether it was told that biases kept nearly all relevance of some plain answer, under an LRP composite."""
+    from onnxcrp.analysis.balance import GRADIENTS
+
+    composite = explainer.composite
+    if composite.bias == "drop":
+        return False
+    explained = np.asarray(found.result.explained)[0]
+    for place, answer in enumerate(found.answers):
+        if answer.target is None or answer.condition or answer.start or answer.concept:
+            continue
+        begun = abs(_seed(explained, answer.target, asked.seed or composite.seed))
+        arrived = sum(_sum(found.result, name, place) for name in explainer.facts.inputs)
+        if abs(arrived) < ABSORBED * begun and not any(layer.rule in GRADIENTS for layer in explainer.layers):
+            plain_name, paren, given = composite.name.partition("(")
+            call = f"{plain_name}({given[:-1]}, bias='drop')" if paren else f"{plain_name}(bias='drop')"
+            warnings.warn(
+                f"target {answer.name}: only {arrived:.3g} of {begun:.3g} arrives at the inputs, biases absorbed the "
+                f'rest: `onnxcrp verify` itemises it, --composite "{call}" shares it out',
+                ExplanationWarning,
+                stacklevel=3,
+            )
+            return True
+    return False
+
+
+def _seed(explained: np.ndarray, target: Any, seed: str) -> float:
+    """The sum of what relevance starts with."""
+    how = {"output": explained, "abs": np.abs(explained), "one": np.ones_like(explained)}[seed]
+    return _value(how, target)
+
+
+def _sum(result: Result, name: str, place: int) -> float:
+    """Of the relevance of an input or a recorded layer, for one question of one sample."""
+    R = np.asarray(result.relevance[name])[0]
+    return float((R[place] if result.many else R).sum(dtype=np.float64))
 
 
 def _explain(explainer: Explainer, sample: Sample, asked: Questions, layout: str, names: ClassNames) -> Explanation:
@@ -260,6 +383,7 @@ def _explain(explainer: Explainer, sample: Sample, asked: Questions, layout: str
                 concept=concept,
                 heatmap=heatmap,
                 relevance=total,
+                recorded={name: _sum(result, name, place) for name in asked.record},
             )
         )
     return Explanation(sample, _predictions(explained, names), answers, result)
@@ -352,12 +476,13 @@ def _heatmap(result: Result, place: int, layout: str) -> tuple[np.ndarray | None
 def rank(R: np.ndarray, axis: int, count: int, *, by: str = "relevance") -> list[tuple[int, float, float]]:
     """The `count` most relevant concepts of one sample's R [C, ...]: (concept, R_c, R_c / sum of all |R_c|).
 
-    R_c sums R over every axis but `axis`. by: "relevance" (most positive first) or "abs" (strongest first).
+    R_c sums R over every axis but `axis`. by: "relevance" (most positive first) or "abs" (strongest first). Concepts
+    without relevance are left out.
     """
     R_c = np.moveaxis(np.asarray(R, np.float64), axis, 0).reshape(R.shape[axis], -1).sum(1)
     total = np.abs(R_c).sum() or 1.0
-    order = np.argsort(-(np.abs(R_c) if by == "abs" else R_c), kind="stable")[:count]
-    return [(int(c), float(R_c[c]), float(R_c[c] / total)) for c in order]
+    order = np.argsort(-(np.abs(R_c) if by == "abs" else R_c), kind="stable")
+    return [(int(c), float(R_c[c]), float(R_c[c] / total)) for c in order if R_c[c]][:count]
 
 
 def parse_top_concepts(explainer: Explainer, text: str, default: int = 5) -> tuple[str, int]:
@@ -452,16 +577,22 @@ def _rows(explanation: Explanation, group: Sequence[Answer], layout: str) -> lis
         return [row]
     row = [Panel(f"input: {sample.name}", picture=sample.display, note=note)]
     for answer in shown:
-        label = answer.label if answer.condition else f"heatmap: {answer.label}"
+        label = _spaced(answer.label) if answer.condition else f"heatmap: {_spaced(answer.label)}"
         row.append(Panel(label, R=answer.heatmap, note=_note(answer)))
         if not answer.condition:
             row.append(Panel("overlay", picture=sample.display, R=answer.heatmap, note=" "))
-    concepts = [Panel(answer.label, R=answer.heatmap, note=_note(answer)) for answer in ranked]
+    concepts = [Panel(_spaced(answer.label), R=answer.heatmap, note=_note(answer)) for answer in ranked]
     return [row, concepts] if concepts else [row]
 
 
 def _title(answer: Answer, sample: Sample) -> str:
-    return answer.label if answer.condition else f"{sample.name}: {answer.label}"
+    return _spaced(answer.label) if answer.condition else f"{sample.name}: {_spaced(answer.label)}"
+
+
+def _spaced(label: str) -> str:
+    """With blanks where a line may end, so that a title does not break inside a number."""
+    label = re.sub(r"(?<=\S)([=+])(?=\S)", r" \1 ", label)
+    return re.sub(r",(?=\S)", ", ", label)
 
 
 def _note(answer: Answer) -> str:
@@ -514,8 +645,54 @@ def _without_targets(result: Result) -> Result:
     )
 
 
-def write_both(explanation: Explanation, folder: Path, taken: set[str], **drawing: Any) -> list[Path]:
-    """NAME.npz and, where the input can be drawn, NAME.png in a folder that is made; names that are `taken` get ~2."""
+def keep_inputs(out: str | os.PathLike[str], model: str | os.PathLike[str] = "", inputs: Iterable[Any] = ()) -> None:
+    """Raises OnnxcrpError if writing `out` would overwrite the model, its external data or one of the inputs."""
+    if not os.path.exists(out):
+        return
+    reads = [Path(model), *_external_data(Path(model))] if model else []
+    for place in map(locate, inputs):
+        if place.path.is_dir():
+            reads += [p for p in place.path.iterdir() if p.suffix.lower() in (*PICTURES, *ARRAYS)]
+        else:
+            reads.append(place.path)
+    for read in reads:
+        if os.path.exists(read) and os.path.samefile(read, out):
+            raise OnnxcrpError(f"{os.fspath(out)} would overwrite what is read: {read}", hint="write to another name")
+
+
+def _external_data(model: Path) -> list[Path]:
+    """The files beside a model that hold its weights."""
+    import onnx
+
+    try:
+        proto = onnx.load(model, load_external_data=False)
+    except Exception:  # whatever is wrong with it, reading the model says so
+        return []
+    return [model.parent / location for location in dict.fromkeys(_locations(proto.graph))]
+
+
+def _locations(graph: onnx.GraphProto) -> Iterator[str]:
+    """The locations of external data in a graph and its subgraphs."""
+    tensors = list(graph.initializer)
+    for attribute in (attribute for node in graph.node for attribute in node.attribute):
+        tensors += [attribute.t, *attribute.tensors]
+        for inner in (attribute.g, *attribute.graphs):
+            yield from _locations(inner)
+    yield from (e.value for tensor in tensors for e in tensor.external_data if e.key == "location")
+
+
+def write_both(
+    explanation: Explanation,
+    folder: Path,
+    taken: set[str],
+    *,
+    keep: Callable[[Path], None] = lambda path: None,
+    **drawing: Any,
+) -> list[Path]:
+    """NAME.npz and, where the input can be drawn, NAME.png in a folder that is made; names that are `taken` get ~2.
+
+    `keep` is called with each path before it is written, and raises where that must stay.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -524,6 +701,8 @@ def write_both(explanation: Explanation, folder: Path, taken: set[str], **drawin
     name = next(n for n in itertools.chain([stem], (f"{stem}~{i}" for i in itertools.count(2))) if n not in taken)
     taken.add(name)
     written = [folder / f"{name}.npz"]
+    for suffix in (".npz", ".png") if explanation.drawable else (".npz",):
+        keep(folder / f"{name}{suffix}")
     stack([explanation]).save(written[0])
     if explanation.drawable:
         written.append(save(figure([explanation], **drawing), folder / f"{name}.png"))

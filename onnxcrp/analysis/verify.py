@@ -200,8 +200,8 @@ def verify(
     """Check one model under one composite on a sample `x` (None: a random one, always the same), for one `target`.
 
     `layer`: whose concepts are parted into `parts` for the conditional sums (None: the last convolution, else dense
-    layer, below the explained output). `float64` compares with a run in double, `spread_bias` also gives back what
-    biases keep.
+    layer, below the one that makes the explained output, with relevance at several concepts). `float64` compares with a
+    run in double, `spread_bias` also gives back what biases keep.
     `canonical`: the canonical form of `model`, where it is made already. `options` go to the Explainer (preprocessing,
     low, high); `progress` is told what is being done.
     Raises what Explainer and explain raise for a model or question that cannot be explained.
@@ -239,7 +239,9 @@ def verify(
         report.checks.append(check_conservation(report.flows, facts.inputs))
 
     progress("conditional sums")
-    report.checks += check_parts(explainer, feeds, question.target, layer=layer, parts=parts)
+    report.checks += check_parts(
+        explainer, feeds, question.target, layer=layer, parts=parts, concepts=question.concepts
+    )
 
     del explainer  # and its relevance models, before others are made
     if float64:
@@ -445,6 +447,17 @@ class _Question:
         """What it answers."""
         return self.run(self.model)
 
+    def concepts(self, layer: str) -> int:
+        """At how many concepts of a layer there is relevance."""
+        from onnxcrp.backward import concept_axis
+
+        node = self.facts.names.resolve(layer)
+        R = self.values.relevance.get(node.outputs[0].name)
+        if R is None:
+            return 0
+        axis = concept_axis(self.facts, node)
+        return int(np.moveaxis(R, axis, 0).reshape(R.shape[axis], -1).any(1).sum())
+
     def run(self, model: onnx.ModelProto, seeds: Mapping[str, np.ndarray] | None = None) -> _Values:
         """Run a relevance model: {tensor: relevance} and {tensor: activation}; `seeds` in place of the target."""
         interface = interface_of(model)
@@ -639,10 +652,17 @@ def check_conservation(flows: Sequence[Flow], inputs: Sequence[str]) -> Check:
 
 
 def check_parts(
-    explainer: Explainer, feeds: Mapping[str, np.ndarray], target: np.ndarray, *, layer: str | None, parts: int
+    explainer: Explainer,
+    feeds: Mapping[str, np.ndarray],
+    target: np.ndarray,
+    *,
+    layer: str | None,
+    parts: int,
+    concepts: Callable[[str], int],
 ) -> list[Check]:
     """Over a partition of a layer's channels (channel c in part c mod K), with R the relevance of the inputs.
 
+    `concepts(layer)`: at how many concepts of a layer there is relevance.
     cut: the parts sum to what passes through the layer, which is R less what keep gives for the empty list;
     keep: sum of R_k - (K - 1) R_empty = R.
     """
@@ -652,7 +672,7 @@ def check_parts(
     layers = {info.name: info for info in explainer.layers}
     rules = {info.rule for info in layers.values()}
     if rules & NOT_LINEAR:
-        why = f"rule {', '.join(sorted(str(rule) for rule in rules & NOT_LINEAR))} is not linear in R"
+        why = f"not applied: rule {', '.join(sorted(str(rule) for rule in rules & NOT_LINEAR))} is not linear in R"
         return [Check(name, None, why) for name in names]
     if layer is not None:
         info = next((i for i in layers.values() if layer in i.names), None)
@@ -660,17 +680,21 @@ def check_parts(
             near = ", ".join(list(layers)[-5:])
             raise QuestionError(f"there is no layer {layer!r}", hint=f"the last ones are {near}")
     else:
-        explained = explainer.facts.names.of(explainer.facts.producer[explainer.facts.explained])
-        linear = [i for i in layers.values() if i.channels and i.channels > 1 and i.name != explained]
-        info = next((i for kind in ("convolution", "dense") for i in reversed(linear) if i.family == kind), None)
+        top = _makers(explainer.facts)
+        linear = [i for i in layers.values() if i.channels and i.channels > 1 and i.name not in top]
+        ordered = [i for kind in ("convolution", "dense") for i in reversed(linear) if i.family == kind]
+        info = next((i for i in ordered if concepts(i.name) > 1), None)
     if info is None or not info.channels or info.channels < 2:
-        return [Check(name, None, "no layer with several concepts lies below the explained output") for name in names]
+        why = (
+            f"{layer} has a single concept" if info else "no layer below the top one has relevance at several concepts"
+        )
+        return [Check(name, None, f"not applied: {why}") for name in names]
     count = min(parts, info.channels)
     partition = [list(range(k, info.channels, count)) for k in range(count)]
     everything: list[int] = list(range(info.channels))
 
-    def ask(concepts: list[list[int]], bypass: str) -> list[np.ndarray]:
-        asked = [{info.name: entry} for entry in concepts]
+    def ask(entries: list[list[int]], bypass: str) -> list[np.ndarray]:
+        asked = [{info.name: entry} for entry in entries]
         result = explainer.explain(feeds, target, conditions=asked, bypass=bypass)
         return [_flat([R[:, i] for R in result.relevance.values()]) for i in range(len(asked))]
 
@@ -679,6 +703,9 @@ def check_parts(
         whole = _flat(list(explainer.explain(feeds, target).relevance.values()))
         *kept, empty = ask([*partition, []], "keep")
         *cut, through = ask([*partition, everything], "cut")
+    if not through.any() and not any(part.any() for part in cut):
+        why = f"not applied: no relevance passes through {info.name}"
+        return [Check(name, None, why) for name in names]
     around = float(empty.sum()), float(whole.sum())
     what = f"{count} parts of the {info.channels} concepts of {info.name}"
     passes = f"{around[1] - around[0]:.4g} passes through it, {around[0]:.4g} goes round"
@@ -689,6 +716,22 @@ def check_parts(
     figure = _norm(sum(kept) - (count - 1) * empty - whole) / (scale or 1.0)
     detail = f"{what}: sum of the parts less {count - 1} times the rest is the whole"
     return [first, Check(names[1], figure <= PARTS_TOLERANCE, detail, figure, PARTS_TOLERANCE, PARTS_REASON)]
+
+
+def _makers(facts: Facts) -> set[str]:
+    """The layers that the explained output comes from by rearranging alone, and those that rearrange it."""
+    from onnxcrp.ops import OPS
+
+    found: set[str] = set()
+    waiting = [facts.explained]
+    while waiting:
+        node = facts.producer.get(waiting.pop())
+        if node is None or facts.names.of(node) in found:
+            continue
+        found.add(facts.names.of(node))
+        if node.op in OPS and facts.family(node) == "rearrangement":
+            waiting += [node.inputs[i].name for i in facts.carries(node)]
+    return found
 
 
 def _flat(arrays: Sequence[np.ndarray]) -> np.ndarray:

@@ -27,7 +27,7 @@ def infer_shapes(graph: gs.Graph, *, forget: bool = False) -> None:
             if name not in ends and isinstance(tensor, gs.Variable):
                 tensor.shape = None
     skeleton = write(graph, largest=BIG, claims=False)
-    inferred = call(onnx.shape_inference.infer_shapes, skeleton, what="the shapes of the model cannot be inferred")
+    inferred = call(_infer, skeleton, what="the shapes of the model cannot be inferred")
     for info in (*inferred.graph.value_info, *inferred.graph.output):
         tensor = inner.get(info.name)
         if not isinstance(tensor, gs.Variable) or not info.type.HasField("tensor_type"):
@@ -37,6 +37,14 @@ def infer_shapes(graph: gs.Graph, *, forget: bool = False) -> None:
             tensor.dtype = _dtype(kind.elem_type)
         if kind.HasField("shape"):
             tensor.shape = _merge([_size(size) for size in kind.shape.dim], tensor.shape)
+
+
+def _infer(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Inference that follows computed shapes, too (Shape, Gather, Concat, Reshape), unless onnx fails at these."""
+    try:
+        return onnx.shape_inference.infer_shapes(model, data_prop=True)
+    except Exception:  # onnx raises several kinds
+        return onnx.shape_inference.infer_shapes(model)
 
 
 def _dtype(kind: int) -> np.dtype | int:

@@ -60,10 +60,10 @@ class Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; errors and warnings are one line each."""
         try:
-            from onnxcrp.result import NegativeLogitWarning
+            from onnxcrp.result import ExplanationWarning
 
             with warnings.catch_warnings():
-                warnings.simplefilter("always", NegativeLogitWarning)
+                warnings.simplefilter("always", ExplanationWarning)
                 warnings.showwarning = _show_warning
                 return super().invoke(ctx)
         except OnnxcrpError as error:

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from onnxcrp.cli import options
-from onnxcrp.cli.output import steps, write_json, wrote
+from onnxcrp.cli.output import destination, steps, write_json, wrote
 
 
 @click.command(
@@ -57,7 +57,9 @@ from onnxcrp.cli.output import steps, write_json, wrote
 @options.preprocess
 @options.as_json
 @options.quiet
+@click.pass_context
 def command(
+    ctx: click.Context,
     model: str,
     out: str,
     composite: str,
@@ -72,20 +74,36 @@ def command(
     """Write the relevance model of MODEL: one ONNX file of standard operators, whose inputs `target` and `mask.LAYER`
     ask the question and whose outputs `relevance.NAME` answer it. Any ONNX runtime runs it.
     """
-    from onnxcrp.analysis.explanation import bounded
+    from onnxcrp.analysis.explanation import bounded, keep_inputs, warn_of_unused_lines
     from onnxcrp.backward import compile
     from onnxcrp.canonize import canonize
+    from onnxcrp.facts import Facts
     from onnxcrp.session import save
 
     if inputs and no_inputs:
         raise click.UsageError("--input and --no-inputs exclude each other.")
+    asked = options_of_compile
+    if not asked["start"]:
+        options.refuse_idle(ctx, "start_from", without="--start")
+    if not asked["record"] and not asked["activations"]:
+        options.refuse_idle(ctx, "reduce", without="--record or --activation")
+    if not asked["conditions"]:
+        options.refuse_idle(ctx, "masks", "bypass", without="--condition")
+    if no_inputs and not asked["record"]:
+        raise click.UsageError("--no-inputs without --record leaves no relevance to be written.")
+    destination(out, ".onnx", "a relevance model")
+    for path in (out, f"{out}.data"):  # weights above 2 GB go there
+        keep_inputs(path, model)
     with steps(quiet=quiet) as step:
         step("canonizing")
         canonical = canonize(model)
         step("compiling")
+        rules = bounded(composite, canonical, preprocess, model)
+        if any(line.own for line in rules.lines):
+            warn_of_unused_lines(Facts(canonical, output=asked["output"], keep_head=asked["keep_head"]), rules)
         written = compile(
             canonical,
-            bounded(composite, canonical, preprocess, model),
+            rules,
             inputs=() if no_inputs else inputs or None,
             flip_convolutions=not no_flip,
             **options_of_compile,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,10 +11,10 @@ import click
 from onnxcrp.analysis import explanation as study
 from onnxcrp.cli import options
 from onnxcrp.cli.output import columns, heading, progress, reader_may_leave, write_json, wrote
-from onnxcrp.condition import parse_condition, parse_target, text
+from onnxcrp.condition import parse_condition, text
 from onnxcrp.data import PICTURES
 from onnxcrp.errors import InputError, OnnxcrpError
-from onnxcrp.picture import colormap, save, writable
+from onnxcrp.picture import COLORMAPS, colormap, save, writable
 
 if TYPE_CHECKING:
     from onnxcrp.analysis.explanation import Explanation
@@ -38,8 +39,8 @@ if TYPE_CHECKING:
     "targets",
     multiple=True,
     metavar="CLASS",
-    help="What is explained: 208 (class), 1234,1 (index), 281+282 (sum), 207-281 (contrast), top, top3. Repeatable."
-    "  [default: top]",
+    help="What is explained: 208 or a class name, 1234,1 (index), 281+282 (sum), 207-281 (contrast), top, top3."
+    " Repeatable.  [default: top]",
 )
 @click.option(
     "--condition",
@@ -78,13 +79,13 @@ if TYPE_CHECKING:
               help="Every panel has a colour scale of its own, or all share one.")  # fmt: skip
 @click.option("--cmap", default="bwr", show_default=True, metavar="NAME",
               help="bwr, seismic, coldnhot, gray, hot, viridis, or one of matplotlib's.")  # fmt: skip
-@click.option(
-    "--percentile", type=click.FloatRange(0, 100, min_open=True), help="Clip colours at this percentile of |R|."
-)
+@click.option("--percentile", type=options.Percentile(), help="Clip colours at this percentile of |R|.")
 @options.runtime
 @options.as_json
 @options.quiet
+@click.pass_context
 def command(
+    ctx: click.Context,
     model: str,
     inputs: tuple[str, ...],
     targets: tuple[str, ...],
@@ -111,13 +112,23 @@ def command(
     a .csv of a 1-D signal, or a folder. Arrays and signals are taken as already preprocessed.
     """
     destinations = [_destination(out) for out in outs]
-    colormap(cmap)
+    _check_colormap(cmap)
+    for kind, path in destinations:
+        if kind != "folder":
+            study.keep_inputs(path, model, inputs)
+    if not starts:
+        options.refuse_idle(ctx, "start_from", without="--start")
+    if not top_concepts:
+        options.refuse_idle(ctx, "by", without="--top-concepts")
+        if not conditions and not starts:
+            options.refuse_idle(ctx, "bypass", without="--condition or --top-concepts")
+    if not as_json and all(kind == "picture" for kind, _ in destinations):
+        options.refuse_idle(ctx, "record", without="-o FILE.npz, -o FOLDER or --json")
     if targets and starts and asked["start_from"] != "relevance":
         raise click.UsageError(
             "--start begins at hidden concepts, so there is no --target (but for --start-from relevance)."
         )
     parsed: dict[str, Any] = {
-        "targets": [parse_target(written) for written in targets] or ["top"],
         "conditions": [parse_condition(written) for written in conditions],
         "starts": [parse_condition(written) for written in starts],
     }
@@ -131,9 +142,11 @@ def command(
         threads=threads,
         memory_limit=memory_limit,
     )
+    study.warn_of_unused_lines(explainer.facts, explainer.composite)
     tops = [study.parse_top_concepts(explainer, written) for written in top_concepts]
-    questions = study.Questions(**parsed, top_concepts=tops, **asked)
     names = study.ClassNames.of(preprocessing, labels, study.classes(explainer))
+    parsed["targets"] = [names.target(written) for written in targets] or ["top"]
+    questions = study.Questions(**parsed, top_concepts=tops, **asked)
     samples = study.read_samples(inputs, preprocessing, explainer.canonical)
     found = study.explain(explainer, samples, questions, layout=preprocessing.layout, names=names)
     drawing: dict[str, Any] = {"cmap": cmap, "normalize": normalize, "percentile": percentile}
@@ -152,7 +165,9 @@ def command(
                 _write(each, blank=number > 0)
         for kind, path in destinations:
             if kind == "folder":
-                files += study.write_both(each, path, taken, **drawing)
+                files += study.write_both(
+                    each, path, taken, keep=lambda file: study.keep_inputs(file, model, inputs), **drawing
+                )
         kept += [each] * keep
         if len(kept) > study.MOST_IN_A_FIGURE and any(kind == "picture" for kind, _ in destinations):
             raise InputError(
@@ -180,11 +195,28 @@ def command(
 def _destination(out: str) -> tuple[str, Path]:
     """("picture" | "arrays" | "folder", path), checked before anything is computed."""
     path = Path(out)
+    if out == "-":
+        raise OnnxcrpError("pictures and arrays cannot be written to stdout", hint="name a file: -o NAME.png")
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise OnnxcrpError(f"cannot write {path}: it is no regular file", hint="name a .png, a .npz or a folder")
+    if path.is_file() and not path.suffix:
+        raise OnnxcrpError(f"cannot write {path}: it is no folder", hint="name a .png, a .npz or a folder")
     if path.is_dir() or out.endswith(("/", "\\")) or not path.suffix:
         return "folder", path
     if not path.parent.is_dir():
         raise OnnxcrpError(f"cannot write {path}: there is no folder {path.parent}", hint=f"mkdir -p {path.parent}")
     return ("arrays", path) if path.suffix.lower() == ".npz" else ("picture", writable(path))
+
+
+def _check_colormap(name: str) -> None:
+    """As `picture.colormap`, and without matplotlib the hint says that its names are not known."""
+    try:
+        colormap(name)
+    except InputError as error:
+        if importlib.util.find_spec("matplotlib") is not None:
+            raise
+        hint = f"one of {', '.join(COLORMAPS)}; matplotlib, which has others, is not installed"
+        raise InputError(error.message, hint=hint) from None
 
 
 def _write(explanation: Explanation, *, blank: bool) -> None:

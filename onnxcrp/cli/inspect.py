@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from typing import Any
 
 import click
@@ -11,6 +13,8 @@ from onnxcrp.cli.output import columns, heading, write_json
 
 QUIET_FAMILIES = ("rearrangement", "activation", "scale")  # rarely asked about, listed with --all
 SHORT = 4  # lines of one canonizer
+MANY = 6  # names in a list
+WIDE = 160  # characters of a reason
 
 
 @click.command(
@@ -34,10 +38,11 @@ def command(
     named with their channels and the rule each gets, operators that are not supported, and whether conditions share
     the forward pass.
     """
-    from onnxcrp.analysis.explanation import open_model
+    from onnxcrp.analysis.explanation import open_model, unused_lines
 
     explainer, preprocessing = open_model(model, composite, preprocess=preprocess, output=output, keep_head=keep_head)
     found = explainer.inspect()
+    found["composite"]["unused"] = unused_lines(explainer.facts, explainer.composite)
     found["model"] = model
     found["layout"] = preprocessing.layout or None
     found["preprocessing"] = preprocessing.source if preprocessing.known else None
@@ -70,10 +75,10 @@ def _write(found: dict[str, Any], every: bool) -> None:
     lines = []
     for report in found["canonizers"]:
         done = report["done"] if every or len(report["done"]) <= SHORT + 1 else report["done"][:SHORT]
-        lines += [[report["name"], "done", line] for line in done]
+        lines += [[report["name"], "done", line if every else _brief(line)] for line in done]
         if rest := len(report["done"]) - len(done):
             lines.append(["", "", f"and {rest} more (--all lists them)"])
-        lines += [[report["name"], "left", line] for line in report["declined"]]
+        lines += [[report["name"], "left", line if every else _brief(line)] for line in report["declined"]]
     columns(lines or [["nothing to rewrite"]])
 
     composite = found["composite"]
@@ -100,18 +105,38 @@ def _write(found: dict[str, Any], every: bool) -> None:
         missing = ", ".join(composite["missing"])
         click.echo(f"  {composite['name']} still needs {missing}: {composite['name']}({missing}=...) or --preprocess")
 
+    if composite["unused"]:
+        click.echo(f"  lines that fit nothing: {'; '.join(composite['unused'])}")
+
     click.echo()
     heading("Questions")
     if found["unsupported"]:
         click.echo("  no relevance passes these operators:")
-        columns([[layer["name"], layer["op"]] for layer in found["unsupported"]], indent=4)
+        rows = [[layer["name"], layer["op"]] for layer in found["unsupported"]]
+        columns(rows if every else rows[:MANY], indent=4)
+        if not every and len(rows) > MANY:
+            click.echo(f"    and {len(rows) - MANY} more (--all lists them)")
     else:
         click.echo("  every operator is supported")
     if found["shares_forward"]:
         click.echo("  conditions on one sample share its forward pass")
     else:
-        broken = ", ".join(found["batch_breaks"])
+        broken = _some(found["batch_breaks"], len(found["batch_breaks"]) if every else MANY)
         click.echo(f"  the sample is repeated for every condition: axis 0 is not the batch at {broken}")
+
+
+def _some(names: Sequence[str], most: int = MANY) -> str:
+    """The first names of a list, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def _brief(line: str) -> str:
+    """One short line: long lists of names are cut, and what a runtime says at length."""
+    line = re.sub(
+        rf"[^\s,]+(?:, [^\s,]+){{{MANY},}}", lambda found: _some(found[0].split(", ")), " ".join(line.split())
+    )
+    return line if len(line) <= WIDE else line[: WIDE - 4].rsplit(" ", 1)[0] + " ..."
 
 
 def _port(port: dict[str, Any]) -> str:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -31,6 +34,20 @@ class Command(click.Command):
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The examples."""
         write_examples(formatter, self.examples)
+
+
+class Percentile(click.FloatRange):
+    """A number above 0 and up to 100; click's own range lets nan through."""
+
+    def __init__(self) -> None:
+        super().__init__(0, 100, min_open=True)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """As click does, less nan."""
+        number = float(super().convert(value, param, ctx))
+        if math.isnan(number):
+            self.fail(f"{value!r} is no number.", param, ctx)
+        return number
 
 
 class Bytes(click.ParamType):
@@ -108,8 +125,26 @@ def provider(command: F) -> F:
         "providers",
         multiple=True,
         metavar="NAME",
+        callback=_known_providers,
         help="onnxruntime's execution provider: cuda, cpu ... Repeatable, best first. Default: cuda if there is one.",
     )(command)
+
+
+def _known_providers(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:
+    """Refuses what the installed onnxruntime lacks, with the names that would be right."""
+    if value:
+        from onnxcrp.errors import RuntimeMissingError
+        from onnxcrp.session import providers
+
+        try:
+            providers(value)
+        except RuntimeMissingError as error:
+            offered = re.findall(r"(\w+)ExecutionProvider", error.message)
+            if not offered or any("cuda" in name.lower() for name in value):
+                raise
+            names = ", ".join(name.lower() for name in offered)
+            raise RuntimeMissingError(error.message, hint=f"its short names: {names}") from None
+    return value
 
 
 def as_json(command: F) -> F:
@@ -119,4 +154,25 @@ def as_json(command: F) -> F:
 
 def quiet(command: F) -> F:
     """--quiet."""
-    return click.option("-q", "--quiet", is_flag=True, help="No progress and no messages.")(command)
+    return click.option(
+        "-q", "--quiet", is_flag=True, callback=_silence, help="No progress, no messages and no warnings."
+    )(command)
+
+
+def _silence(ctx: click.Context, param: click.Parameter, value: bool) -> bool:
+    """Warnings are caught around every command, so this ends with it."""
+    if value:
+        warnings.simplefilter("ignore")
+    return value
+
+
+def given(ctx: click.Context, *names: str) -> list[str]:
+    """Which of these options were written on the command line, as `--name`."""
+    written = [name for name in names if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+    return [f"--{name.replace('_', '-')}" for name in written]
+
+
+def refuse_idle(ctx: click.Context, *names: str, without: str) -> None:
+    """Usage error if one of these options was written, since it does nothing without another."""
+    if written := given(ctx, *names):
+        raise click.UsageError(f"{written[0]} does nothing without {without}.", ctx)

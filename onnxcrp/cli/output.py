@@ -7,9 +7,12 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+
+from onnxcrp.errors import OnnxcrpError
 
 T = TypeVar("T")
 
@@ -57,6 +60,21 @@ def _is_number(text: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def destination(out: str, suffix: str, what: str) -> Path:
+    """The path of a file to write, checked before anything is computed; raises OnnxcrpError."""
+    path = Path(out)
+    if out == "-":
+        raise OnnxcrpError(f"{what} cannot be written to stdout", hint=f"name a file: -o NAME{suffix}")
+    if path.exists() and not path.is_file():
+        kind = "a folder" if path.is_dir() else "no regular file"
+        raise OnnxcrpError(f"cannot write {path}: it is {kind}", hint=f"name a file: -o NAME{suffix}")
+    if path.suffix.lower() != suffix:
+        raise OnnxcrpError(f"{path}: {what} is an {suffix} file", hint=f"-o {path.stem}{suffix}")
+    if not path.parent.is_dir():
+        raise OnnxcrpError(f"cannot write {path}: there is no folder {path.parent}", hint=f"mkdir -p {path.parent}")
+    return path
 
 
 def wrote(path: object, what: str = "", *, quiet: bool = False) -> None:

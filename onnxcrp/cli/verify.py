@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from onnxcrp.cli import options
-from onnxcrp.cli.output import columns, heading, steps, write_json
+from onnxcrp.cli.output import columns, destination, heading, steps, write_json, wrote
 
 SILENT = ("pass", "rearrangement")  # rules of layers that lose nothing
 
@@ -63,19 +63,21 @@ def command(
     the same, every layer passes on the relevance it receives less itemised losses, conditional relevances of a
     layer's parts add up to the whole. Exit 1 if something does not hold.
     """
-    from onnxcrp.analysis.explanation import preprocessing_of, read_samples
+    from onnxcrp.analysis.explanation import ClassNames, keep_inputs, preprocessing_of, read_samples
     from onnxcrp.analysis.verify import verify
     from onnxcrp.canonize import canonize
-    from onnxcrp.condition import parse_target
     from onnxcrp.errors import InputError
 
-    asked = parse_target(target)
     if out and not spread_bias:
         raise click.UsageError("--out writes what --spread-bias finds: give both.")
+    if out:
+        destination(out, ".npz", "what --spread-bias finds")
+        keep_inputs(out, model, [sample] if sample is not None else [])
     with steps(quiet=quiet) as step:
         step("canonizing")
         canonical = canonize(model)
         preprocessing = preprocessing_of(canonical, preprocess, model)
+        asked = ClassNames(preprocessing.labels, preprocessing.label_offset).target(target)
         x = None
         if sample is not None:
             samples = read_samples([sample], preprocessing, canonical)
@@ -97,11 +99,13 @@ def command(
             providers=list(providers) or None,
             progress=step,
             preprocessing=preprocessing,
+            canonical=canonical,
         )
     if out:
         from onnxcrp.analysis.explanation import save_arrays
 
         save_arrays(out, {f"relevance/{name}": R for name, R in report.spread.items()})
+        wrote(out, quiet=quiet)
     if as_json:
         write_json(report.to_dict())
     else:

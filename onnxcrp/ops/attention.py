@@ -50,7 +50,7 @@ def _einsum_family(node: gs.Node, data: int) -> str:
 
 @transpose("Einsum", family=_einsum_family, sign=KEEPS)
 def einsum(op: Graph, node: Node, s: Value) -> Value | Parts:
-    """Z = einsum(A, B): to A einsum(s, B), to B einsum(A, s), each with its own letters as the result."""
+    """Z = A B summed over letters: to A the einsum of s and B with its own letters as the result, to B that of s, A."""
     inputs, _, result = str(node.attrs["equation"]).replace(" ", "").partition("->")
     terms = inputs.split(",")
     parts = Parts()
@@ -59,7 +59,7 @@ def einsum(op: Graph, node: Node, s: Value) -> Value | Parts:
         known = {*result, *(letter for k in others for letter in terms[k])}
         if "." in inputs or not result or len(set(terms[i])) < len(terms[i]) or not set(terms[i]) <= known:
             raise UnsupportedError(
-                f"{node!r}: the equation {node.attrs['equation']} has an ellipsis, a diagonal, no result or a plain sum",
+                f"{node!r}: equation {node.attrs['equation']} has an ellipsis, a diagonal, no result or a plain sum",
                 hint="write it as MatMul and ReduceSum",
             )
         equation = f"{','.join([result, *(terms[k] for k in others)])}->{terms[i]}"

@@ -409,7 +409,12 @@ def export(net: nn.Module, name: str, exporter: str, folder: Path) -> Path:
             warnings.filterwarnings("ignore", category=category, module=r"torch\.|copyreg|(tests\.)?support\.nets")
         if exporter == "torchscript":
             kept = torch.onnx.TrainingMode.EVAL if NETS[name].fused else torch.onnx.TrainingMode.PRESERVE
-            options = {"dynamo": False, "training": kept, "dynamic_axes": {"input": {0: "batch"}, "logits": {0: "batch"}}}
+            options = {
+                "dynamo": False,
+                "training": kept,
+                "dynamic_axes": {"input": {0: "batch"}, "logits": {0: "batch"}},
+            }
+            options["do_constant_folding"] = NETS[name].fused  # it would fold what PRESERVE keeps apart, and warns
         else:
             options = {"dynamo": True, "dynamic_shapes": ({0: torch.export.Dim("batch")},), "verbose": False}
         torch.onnx.export(net, (x,), str(path), input_names=["input"], output_names=["logits"], **options)

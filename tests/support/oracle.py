@@ -120,7 +120,9 @@ class Oracle:
                 (R,) = torch.autograd.grad(z, data, torch.from_numpy(targets).to(z) * z.detach())
         return {"input": R.numpy(), **recorded}
 
-    def cut(self, composite: str, x: np.ndarray, targets: np.ndarray, kept: Mapping[str, Sequence[Sequence[int]]]) -> np.ndarray:
+    def cut(
+        self, composite: str, x: np.ndarray, targets: np.ndarray, kept: Mapping[str, Sequence[Sequence[int]]]
+    ) -> np.ndarray:
         """Input relevance [B, ...] by zennit-crp with exclude_parallel=True; kept: {layer: channels per row}, later first."""
         data = torch.from_numpy(x).double().requires_grad_(True)
         weights = torch.from_numpy(targets).double()

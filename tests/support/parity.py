@@ -32,7 +32,7 @@ class Parity:
     def paths(self) -> dict[str, Path]:
         return {exporter: nets.export(self.net, self.name, exporter, self.folder) for exporter in EXPORTERS}
 
-    @functools.lru_cache(maxsize=None)  # noqa: B019  (lives as long as the net's tests)
+    @functools.cache  # noqa: B019  (lives as long as the net's tests)
     def canonical(self, exporter: str) -> Canonical:
         return canonize(self.paths[exporter])
 
@@ -47,7 +47,7 @@ class Parity:
                 row[index] = weight
         return rows
 
-    @functools.lru_cache(maxsize=None)  # noqa: B019
+    @functools.cache  # noqa: B019
     def reference(self, composite: str) -> dict[str, np.ndarray]:
         """Relevance of input and recorded layers for every sample and target: {name: [B, targets, ...]}."""
         count, asked = len(self.x), len(self.targets)
@@ -70,7 +70,7 @@ class Parity:
         picks = [(late[:1], early[:5]), (late[1:8], early[::2]), (late[: len(late) // 2], early[1:2])]
         return [dict(zip(self.layers, (sorted(a), sorted(b)), strict=True)) for a, b in picks]
 
-    @functools.lru_cache(maxsize=None)  # noqa: B019
+    @functools.cache  # noqa: B019
     def conditional(self, composite: str, bypass: str) -> dict[str, np.ndarray]:
         """Relevance of the first sample's first target under each condition: {name: [conditions, ...]}."""
         x = np.repeat(self.x[:1], len(self.conditions), axis=0)
