@@ -41,15 +41,9 @@ def operators() -> str:
     rows = ["| family | operators | what it is |", "|---|---|---|"]
     for family, meaning in FAMILIES.items():
         names = sorted(op.name for op in OPS.values() if op.family == family)
-        if family == "product":
-            names += ["Mul", "Div"]
-        if family in ("embedding", "rearrangement"):
-            names += ["Gather"]
-        if family == "scale":
-            names += ["Mul", "Div"]
-        if family in ("average", "rearrangement"):
-            names += ["Resize"]
-        rows.append(f"| {family} | {', '.join(sorted(set(names)))} | {meaning} |")
+        rows.append(f"| {family} | {', '.join(names)} | {meaning} |")
+    depends = sorted(op.name for op in OPS.values() if callable(op.family))
+    rows.append(f"| as the node is | {', '.join(depends)} | a Mul of two tensors is a product, by a constant a scale |")
     rows.append(f"| carries none | {', '.join(sorted(CARRIES_NONE))} | shapes, positions, truth values |")
     return "\n".join(rows)
 

@@ -417,6 +417,7 @@ ACTIVATIONS: list[tuple[str, dict[str, Any], list[Any]]] = [
     ("Pow", {}, [np.float32(3)]),
     ("Sin", {}, []),
     ("Cos", {}, []),
+    *[(name, {}, []) for name in ("Tan", "Asin", "Acos", "Atan", "Sinh", "Cosh", "Asinh", "Acosh", "Atanh")],
     ("Shrink", {"lambd": 0.3, "bias": 0.1}, []),
     ("Softmax", {"axis": 1}, []),
     ("LogSoftmax", {"axis": -1}, []),
@@ -437,6 +438,10 @@ def test_derivative(op_type: str, attrs: dict[str, Any], constants: list[Any]) -
     v = RNG.uniform(-2, 2, shape).astype(np.float32)
     if op_type in ("Log", "Sqrt", "Reciprocal"):
         v = np.abs(v) + 0.3
+    if op_type in ("Tan", "Asin", "Acos", "Atanh"):
+        v *= 0.35
+    if op_type == "Acosh":
+        v = np.abs(v) + 1.3
     x = gs.Variable("x", np.float32, list(shape))
     y = gs.Variable("y", np.float32, list(shape))
     node = gs.Node(
@@ -660,3 +665,24 @@ def test_gather_by_an_index_that_only_the_run_knows(shape: tuple[int, ...], axis
     assert r.shape == v.shape
     left, right = (float((a.astype(np.float64) * b).sum()) for a, b in ((y, message), (v, r)))
     assert abs(left - right) < 1e-5 * np.abs(y * message).sum()
+
+
+def test_pad_by_a_size_that_only_the_run_knows() -> None:
+    """The other way round: what was added is cut off, what was cut off comes back as zeros."""
+    pads = np.array([0, 0, 2, 0, -1, 1])  # of [2, 3, 5]: one row less, two columns before, one after
+    message = w(2, 2, 8)
+    node = gs.Node(
+        "Pad",
+        "pad",
+        {},
+        [gs.Variable("x", np.float32, [2, 3, 5]), gs.Variable("pads", np.int64, [6])],
+        [gs.Variable("y", np.float32, [2, None, None])],
+    )
+    s, end = gs.Variable("s", np.float32, [None] * 3), gs.Variable("end", np.float32)
+    op = Graph(opset=OPSET)
+    back = OPS["Pad"].transpose(op, Node(op, node, data=[0], nonnegative=set(), name="n"), op.value(s))
+    op.nodes.append(gs.Node("Identity", "end", inputs=[back.tensor], outputs=[end]))
+    (r,) = run(op.nodes, [node.inputs[1], s], [end], {"pads": pads, "s": message})
+    expected = np.zeros((2, 3, 5), np.float32)
+    expected[:, :2] = message[:, :, 2:7]
+    np.testing.assert_array_equal(r, expected)

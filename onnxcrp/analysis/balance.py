@@ -428,11 +428,12 @@ def _product(layer: Layer, rule: str, R: np.ndarray, total: float, size: float) 
     weights = [0.5, 0.5] if gate is None else [float(i != gate) for i in (0, 1)]
     if layer.family == "product":
         return Balance([w * total for w in weights], [w * size for w in weights])
-    A, B = (layer.value(t) for t in layer.node.inputs)
+    A, B = (np.abs(layer.value(t)) for t in layer.node.inputs)
+    gross = np.einsum(layer.node.attrs["equation"], A, B) if layer.node.op == "Einsum" else A @ B
     factor, epsilon = (2.0, 1e-8) if gate is None else (1.0, layer.stabilizer)
-    part = Branch(R, factor * layer.z, 0.0, factor * (np.abs(A) @ np.abs(B)), epsilon)
-    arrived, gross = float((part.z * part.s).sum()), size + float((part.gross * np.abs(part.s)).sum())
-    done = Balance([w * arrived for w in weights], [w * gross for w in weights], {"stabilizer": total - arrived})
+    part = Branch(R, factor * layer.z, 0.0, factor * gross, epsilon)
+    arrived, summed = float((part.z * part.s).sum()), size + float((part.gross * np.abs(part.s)).sum())
+    done = Balance([w * arrived for w in weights], [w * summed for w in weights], {"stabilizer": total - arrived})
     if size:
         done.rounding = ROUNDING * _length([part.share * part.condition**2]) / _length([part.share])
     return done

@@ -194,6 +194,60 @@ def cos(op: Graph, node: Node, x: Value, y: Value) -> Value:
     return -op.Sin(x)
 
 
+@activation("Tan")
+def tan(op: Graph, node: Node, x: Value, y: Value) -> Value:
+    """1 + y^2."""
+    return y * y + 1.0
+
+
+@activation("Asin", sign=KEEPS)
+def asin(op: Graph, node: Node, x: Value, y: Value) -> Value:
+    """1 / sqrt(1 - x^2)."""
+    return 1.0 / op.Sqrt(1.0 - x * x)
+
+
+@activation("Acos", sign=NONNEGATIVE)
+def acos(op: Graph, node: Node, x: Value, y: Value) -> Value:
+    """-1 / sqrt(1 - x^2)."""
+    return -1.0 / op.Sqrt(1.0 - x * x)
+
+
+@activation("Atan", sign=KEEPS)
+def atan(op: Graph, node: Node, x: Value, y: Value) -> Value:
+    """1 / (1 + x^2)."""
+    return 1.0 / (x * x + 1.0)
+
+
+@activation("Sinh", sign=KEEPS)
+def sinh(op: Graph, node: Node, x: Value, y: Value) -> Value:
+    """cosh x."""
+    return op.Cosh(x)
+
+
+@activation("Cosh", sign=NONNEGATIVE)
+def cosh(op: Graph, node: Node, x: Value, y: Value) -> Value:
+    """sinh x."""
+    return op.Sinh(x)
+
+
+@activation("Asinh", sign=KEEPS)
+def asinh(op: Graph, node: Node, x: Value, y: Value) -> Value:
+    """1 / sqrt(x^2 + 1)."""
+    return 1.0 / op.Sqrt(x * x + 1.0)
+
+
+@activation("Acosh", sign=NONNEGATIVE)
+def acosh(op: Graph, node: Node, x: Value, y: Value) -> Value:
+    """1 / sqrt(x^2 - 1)."""
+    return 1.0 / op.Sqrt(x * x - 1.0)
+
+
+@activation("Atanh", sign=KEEPS)
+def atanh(op: Graph, node: Node, x: Value, y: Value) -> Value:
+    """1 / (1 - x^2)."""
+    return 1.0 / (1.0 - x * x)
+
+
 @activation("Shrink")
 def shrink(op: Graph, node: Node, x: Value, y: Value) -> Value:
     """1 outside [-lambda, lambda]."""

@@ -219,6 +219,11 @@ def _gather_back(op: Graph, node: Node, s: Value, axis: int) -> Value:
 def pad(op: Graph, node: Node, s: Value) -> Value:
     """s without the border; what a reflected, replicated or wrapped border mirrors is added to its source."""
     rank, mode = node.rank(0), node.attrs.get("mode", "constant")
+    if node.array(1) is None:
+        if mode != "constant":
+            raise UnsupportedError(f"{node!r}: {mode} padding by a size that is computed while running")
+        axes_given = op.value(node.node.inputs[3]) if node.has(3) else None
+        return op.Pad(s, op.Neg(op.value(node.node.inputs[1])), None, axes_given)
     pads = node.ints(1)
     axes = [int(a) % rank for a in node.ints(3)] if node.has(3) else list(range(rank))
     before, after = dict(zip(axes, pads[: len(axes)], strict=True)), dict(zip(axes, pads[len(axes) :], strict=True))
