@@ -1,0 +1,249 @@
+"""What can be explained: exports many models, canonizes, explains and checks them, and writes the table of it.
+
+    python -m benchmarks.coverage [--only NAME ...] [--small] [--json FILE] [--fresh]
+
+Every row goes into the JSON file as soon as it is done; a row that is there is not run again unless it is named by
+--only or everything is --fresh. docs/coverage.md is written from that file. A row says
+
+- exports: whether the exporter writes the model at all; what fails there is the exporter's;
+- canonizes: the relative L2 difference of the canonical model's outputs to the original's;
+- explains: relevance of the largest output, finite and not 0;
+- conserves: (relevance of the inputs + what is itemised as lost) / explained output, and whether every layer whose
+  rule is itemised sends what it receives;
+- parity: the relative L2 difference to zennit in float64, where zennit finds a module for every operation;
+- nodes by rule; whether anything is approximated (rounding that passes relevance unchanged).
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from benchmarks.zoo import Case, cases, export
+
+ROOT = Path(__file__).resolve().parent.parent
+JSON, TABLE = ROOT / "docs" / "coverage.json", ROOT / "docs" / "coverage.md"
+Row = dict[str, Any]
+
+
+def run(case: Case, exporter: str) -> Row:
+    """One row; whatever fails is in it as text."""
+    row: Row = {"name": case.name, "group": case.group, "exporter": exporter, "composite": case.composite}
+    start = time.perf_counter()
+    stage = "made"
+    try:
+        model, feeds = case.make()
+        row["inputs"] = {name: list(value.shape[1:]) for name, value in feeds.items()}
+        stage = "exports"
+        with tempfile.TemporaryDirectory() as folder:
+            path = export(model, feeds, exporter, Path(folder))
+            row["exports"] = True
+            stage = "explains"
+            _explain(row, case, path, feeds)
+            if case.parity and row.get("explains"):
+                stage = "parity"
+                row["parity"] = _parity(case, model, path, feeds)
+    except Exception as error:  # a row of the table, whatever it is
+        if stage == "made":
+            raise
+        row[stage] = False
+        row["error"] = _first_line(error)
+        row["trace"] = traceback.format_exc(limit=-4)
+    row["seconds"] = round(time.perf_counter() - start, 1)
+    gc.collect()
+    return row
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
+
+
+def _explain(row: Row, case: Case, path: Path, feeds: dict[str, np.ndarray]) -> None:
+    """Canonical outputs, relevance of two samples, conservation and conditional sums of the first."""
+    from onnxcrp.analysis.verify import verify
+    from onnxcrp.explainer import Explainer
+
+    explainer = Explainer(path, case.composite, threads=1)
+    canonical, facts = explainer.canonical, explainer.facts
+    row["nodes"] = len(facts.nodes)
+    row["opset"] = canonical.source_opset
+    row["batch"] = canonical.batch
+    row["shares_forward"] = facts.shares_forward
+    row["approximated"] = sorted({n.op for n in facts.nodes if facts.carries(n) and n.op in APPROXIMATED})
+    layers = explainer.layers
+    row["rules"] = dict(Counter(layer.rule or "rearrangement" for layer in layers).most_common())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        result = explainer.explain(feeds, "top")
+    R = {name: np.asarray(value, np.float64) for name, value in result.relevance.items()}
+    finite = all(np.isfinite(value).all() for value in R.values())
+    row["explains"] = bool(finite and all(value.any() for value in R.values()))
+    if not row["explains"]:
+        row["error"] = "relevance is not finite" if not finite else "relevance is 0"
+        return
+    one = {name: value[:1] for name, value in feeds.items()}
+    report = verify(path, one, composite=case.composite, threads=1)
+    checks = {check.name: check for check in report.checks}
+    outputs = checks["canonical outputs"]
+    row["canonizes"], row["outputs"] = outputs.ok, outputs.figure
+    flows = report.flows
+    arrived = sum(flow.received for flow in flows if flow.op == "input")
+    known = {kind: amount for kind, amount in report.losses.items() if kind != "not itemised"}
+    row["conserves"] = checks["conservation"].ok
+    row["sum"] = (arrived + sum(known.values())) / flows[0].received
+    row["arrives"] = arrived / flows[0].received
+    row["losses"] = {kind: amount / flows[0].received for kind, amount in report.losses.items() if amount}
+    row["not_itemised"] = sorted({flow.rule for flow in flows if flow.losses.get("not itemised")})
+    row["conditions"] = [checks[name].ok for name in checks if name.startswith("conditional")]
+    wrong = [check for check in report.checks if check.ok is False]
+    if wrong:
+        row["error"] = "; ".join(f"{check.name}: {check.detail}" for check in wrong)[:300]
+
+
+AMPLIFIED = 100.0  # times the explained output; sums of such terms say nothing about the output
+APPROXIMATED = ("QuantizeLinear", "Round", "Floor", "Ceil")
+
+
+def _parity(case: Case, model: Any, path: Path, feeds: dict[str, np.ndarray]) -> float:
+    """Relative L2 of the input's relevance to zennit's in float64."""
+    import torch
+
+    from onnxcrp.explainer import Explainer
+    from tests.support.oracle import Oracle
+
+    x = next(iter(feeds.values()))[:1]
+    oracle = Oracle(model, torch.from_numpy(x))
+    logits = oracle.logits(x)
+    target = np.zeros_like(logits)
+    target[0, logits.argmax()] = 1
+    theirs = oracle.relevance(case.composite, x, target)["input"]
+    ours = Explainer(path, case.composite, threads=1).explain(x, int(logits.argmax())).relevance
+    return float(np.linalg.norm(next(iter(ours.values())) - theirs) / np.linalg.norm(theirs))
+
+
+# ---- the table -------------------------------------------------------------------------------------------------------
+def _mark(value: Any) -> str:
+    return {True: "yes", False: "**no**", None: "–"}[value]
+
+
+def _number(value: float | None, digits: int = 2) -> str:
+    return "–" if value is None else f"{value:.{digits}g}"
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The table, by group, with what failed below."""
+    exported = [row for row in rows if row.get("exports")]
+    explained = [row for row in exported if row.get("explains")]
+    text = [
+        "# What is explained",
+        "",
+        "Written by `python -m benchmarks.coverage`: random weights, the smallest members of families, small inputs,",
+        "each exporter with its own defaults. The columns are explained in that file's first lines.",
+        "",
+        f"{len(rows)} rows: {len(exported)} export, {len(explained)} of these are explained, "
+        f"{sum(row.get('conserves') is True for row in explained)} conserve relevance layer by layer.",
+    ]
+    for group in dict.fromkeys(row["group"] for row in rows):
+        text += ["", f"## {group}", "", HEADER, RULER]
+        text += [_line(row) for row in rows if row["group"] == group]
+    failed = [row for row in rows if row.get("error")]
+    if failed:
+        text += ["", "## What failed, and how", ""]
+        text += [f"- {row['name']} ({row['exporter']}): {_plain(row['error'])}" for row in failed]
+    return "\n".join(text) + "\n"
+
+
+COLUMNS = ("model", "exporter", "composite", "exports", "canonizes", "explains", "conserves", "parity", "nodes by rule",
+           "exact", "conditions share a forward pass")  # fmt: skip
+HEADER, RULER = f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"
+
+
+def _line(row: Row) -> str:
+    def conserved() -> str:
+        if "sum" not in row:
+            return "–"
+        if abs(row["arrives"]) > AMPLIFIED:
+            return f"amplified: {row['arrives']:.0e} of the output arrives"
+        lacking = f" ({', '.join(row['not_itemised'])} not itemised)" if row["not_itemised"] else ""
+        return f"{row['sum']:.4f}{'' if row['conserves'] is not False else ' **no**'}{lacking}"
+
+    cells = [
+        row["name"],
+        row["exporter"],
+        row["composite"],
+        _mark(row.get("exports", False)),
+        "–" if "canonizes" not in row else _number(row["outputs"]) if row["canonizes"] else "**no**",
+        _mark(row.get("explains")) if row.get("exports") else "–",
+        conserved(),
+        _number(row.get("parity")) if row.get("parity") is not False else "**no**",
+        ", ".join(f"{rule} {count}" for rule, count in row.get("rules", {}).items()) or "–",
+        "–" if "approximated" not in row else ", ".join(row["approximated"]) or "exact",
+        _mark(row["shares_forward"]) if "shares_forward" in row else "–",
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def _plain(text: str) -> str:
+    return text.replace("|", "\\|").replace("<", "&lt;")
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+def wanted(only: Iterable[str], small: bool) -> list[tuple[Case, str]]:
+    """Rows to run: those whose name or name (exporter) is in `only` (all), the small ones."""
+    only = set(only)
+    found = [(case, exporter) for case in cases() for exporter in case.exporters if case.small or not small]
+    if not only:
+        return found
+    chosen = [(c, e) for c, e in found if {c.name, f"{c.name} ({e})", c.group} & only]
+    known = {name for c, e in found for name in (c.name, f"{c.name} ({e})", c.group)}
+    if missing := only - known:
+        raise click.BadParameter(f"no row {', '.join(sorted(missing))}; there are {', '.join(sorted(known))}")
+    return chosen
+
+
+@click.command()
+@click.option("--only", multiple=True, help="A model, `model (exporter)` or a group, run again even if it is there.")
+@click.option("--small", is_flag=True, help="The few rows that tests run.")
+@click.option("--fresh", is_flag=True, help="Forget what the JSON file holds.")
+@click.option("--json", "file", type=click.Path(path_type=Path), default=JSON, help="Where rows are kept.")
+@click.option("--table", type=click.Path(path_type=Path), default=TABLE, help="Where the table is written.")
+def main(only: tuple[str, ...], small: bool, fresh: bool, file: Path, table: Path) -> None:
+    """Run what is missing and write the table."""
+    kept: dict[str, Row] = {}
+    if file.is_file() and not fresh:
+        kept = {_key(row): row for row in json.loads(file.read_text(encoding="utf-8"))}
+    order = {f"{case.name} ({exporter})": i for i, (case, exporter) in enumerate(wanted((), False))}
+    for case, exporter in wanted(only, small):
+        key = f"{case.name} ({exporter})"
+        if key in kept and not only:
+            continue
+        row = run(case, exporter)
+        trace = row.pop("trace", "")
+        kept[key] = row
+        rows = sorted((r for k, r in kept.items() if k in order), key=lambda r: order[_key(r)])
+        file.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        table.write_text(markdown(rows), encoding="utf-8")
+        print(_line(row), flush=True)
+        if row.get("error"):
+            print(f"  {row['error']}\n{trace}", file=sys.stderr, flush=True)
+
+
+def _key(row: Row) -> str:
+    return f"{row['name']} ({row['exporter']})"
+
+
+if __name__ == "__main__":
+    main()
