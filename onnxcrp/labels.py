@@ -53,6 +53,8 @@ def read_labels(path: str | os.PathLike[str]) -> list[str]:
 
 def named(path: Path, names: Mapping[Any, Any]) -> list[str]:
     """{index: name} -> list; indices nobody names keep their number."""
+    if not names:
+        raise InputError(f"{path}: holds no class names", hint="{index: name} for each class")
     try:
         by_index = {int(key): name[-1] if isinstance(name, list) else name for key, name in names.items()}
     except (ValueError, IndexError):

@@ -446,7 +446,10 @@ def _hugging_face(path: Path, content: Mapping[str, Any]) -> Preprocessing:
         edge = size.get("shortest_edge") if isinstance(size, Mapping) else size
         if isinstance(edge, int) and "crop_pct" in content:  # ConvNeXT, PoolFormer: size is that of the crop
             if edge < 384 or not kind.startswith("ConvNext"):
-                resize, crop = int(edge / float(content["crop_pct"])), (edge, edge)
+                share = _numbers(path, content, "crop_pct", 1)[0]
+                if not 0.05 <= share <= 1:
+                    raise InputError(f"{path}: crop_pct is {share:g}, expected a share of at most 1")
+                resize, crop = int(edge / share), (edge, edge)
             else:
                 resize = (edge, edge)
         elif isinstance(size, Mapping) and "shortest_edge" in size and "longest_edge" not in size:
@@ -465,7 +468,7 @@ def _hugging_face(path: Path, content: Mapping[str, Any]) -> Preprocessing:
             )
     if content.get("do_center_crop", "crop_size" in content) and "crop_size" in content:
         crop = _size(path, "crop_size", content["crop_size"])
-    rescale = float(content.get("rescale_factor", 1 / 255)) if content.get("do_rescale", True) else 1.0
+    rescale = _numbers(path, content, "rescale_factor", 1 / 255)[0] if content.get("do_rescale", True) else 1.0
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
     if content.get("do_normalize", "image_mean" in content):
@@ -525,7 +528,8 @@ def _numbers(path: Path, content: Mapping[str, Any], key: str, default: float) -
 
 
 def _pair(path: Path, content: Mapping[str, Any], key: str, default: tuple[float, float]) -> tuple[float, float]:
-    values = _numbers(path, {key: list(content.get(key, default))}, key, 0)
+    given = content.get(key, default)
+    values = _numbers(path, {key: list(given) if isinstance(given, tuple) else given}, key, 0)
     if len(values) != 2:
         raise InputError(f"{path}: {key} has {len(values)} values, expected [low, high]")
     return values[0], values[1]

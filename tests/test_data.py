@@ -674,3 +674,21 @@ def test_accuracy_on_photographs(model, published, step):
         3 * np.sqrt(published * (1 - published) / len(rows)) if step > 1 else 0.0051
     )  # one photograph: kernels differ
     assert np.mean(right) == pytest.approx(published, abs=slack)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"pixel_range": 5}',
+        '{"value_range": 3}',
+        '{"rescale_factor": "abc"}',
+        '{"do_resize": true, "size": 64, "crop_pct": 0}',
+        '{"do_resize": true, "size": 64, "crop_pct": "x"}',
+        '{"mean": 0, "labels": {}}',
+    ],
+)
+def test_a_malformed_preprocessing_file_is_an_error_of_ours(content, tmp_path):
+    path = tmp_path / "p.json"
+    path.write_text(content)
+    with pytest.raises(InputError, match=r"p\.json"):
+        Preprocessing.load(path)
