@@ -76,7 +76,7 @@ def _explain(row: Row, case: Case, path: Path, feeds: dict[str, np.ndarray]) -> 
     from onnxcrp.analysis.verify import verify
     from onnxcrp.explainer import Explainer
 
-    explainer = Explainer(path, case.composite, threads=1)
+    explainer = Explainer(path, case.composite, threads=1, cache_limit=CACHE)
     canonical, facts = explainer.canonical, explainer.facts
     row["nodes"] = len(facts.nodes)
     row["opset"] = canonical.source_opset
@@ -94,8 +94,10 @@ def _explain(row: Row, case: Case, path: Path, feeds: dict[str, np.ndarray]) -> 
     if not row["explains"]:
         row["error"] = "relevance is not finite" if not finite else "relevance is 0"
         return
+    del explainer, canonical, facts, layers  # large nets are held many times over otherwise
+    gc.collect()
     one = {name: value[:1] for name, value in feeds.items()}
-    report = verify(path, one, composite=case.composite, threads=1)
+    report = verify(path, one, composite=case.composite, threads=1, cache_limit=CACHE)
     checks = {check.name: check for check in report.checks}
     outputs = checks["canonical outputs"]
     row["canonizes"], row["outputs"] = outputs.ok, outputs.figure
@@ -113,6 +115,7 @@ def _explain(row: Row, case: Case, path: Path, feeds: dict[str, np.ndarray]) -> 
         row["error"] = "; ".join(f"{check.name}: {check.detail}" for check in wrong)[:300]
 
 
+CACHE = 1 << 28  # bytes of relevance models to keep
 AMPLIFIED = 100.0  # times the explained output; sums of such terms say nothing about the output
 APPROXIMATED = ("QuantizeLinear", "Round", "Floor", "Ceil")
 

@@ -132,7 +132,7 @@ def build(name: str) -> tuple[nn.Module, torch.Tensor]:
 def _settle(net: nn.Module, name: str) -> torch.Tensor:
     """Shift biases until float32 can answer questions about some samples, and return these samples [B, *shape].
 
-    LRP-epsilon jumps where a ReLU's input crosses 0, the share of a sum does where the sum itself crosses 0, and every
+    LRP-epsilon jumps where the output of a layer crosses 0, the share of a sum does where the sum crosses 0, and every
     rule does where two inputs of a max pooling change places. In nets with a million units some are always within
     float32's rounding of that, and one of them moves 1e-3 of the relevance: zennit's own float32 misses its float64 by
     as much. So each channel's bias is shifted by up to 1/20 of a deviation to put 0 into the widest gap between the
@@ -140,14 +140,19 @@ def _settle(net: nn.Module, name: str) -> torch.Tensor:
     taken.
     """
     exact, biases, chosen, fewest = modular(net), {}, None, float("inf")
-    carriers = {n: m for n, m in exact.named_modules() if isinstance(m, (*LINEAR, *BATCHNORM)) and m.bias is not None}
+    pairs = neighbours(exact, samples(name, 1).double())
+    merged, followers = ({pair[i] for pair in pairs} for i in (0, 1))
+    carriers = {
+        n: m
+        for n, m in exact.named_modules()
+        if isinstance(m, (*LINEAR, *BATCHNORM)) and m not in merged and m.bias is not None
+    }
     start = {n: module.bias.detach().clone() for n, module in carriers.items()}
-    followers = {batchnorm for _, batchnorm in neighbours(exact, samples(name, 1).double())}
     for seed in range(6 if name.startswith("vgg") else 3):
         x = samples(name, NETS[name].samples, seed=10 + seed)
         for n, module in carriers.items():
             module.bias.data = start[n].clone()
-        if (ties := _shift_biases(exact, x, followers)) < fewest:
+        if (ties := _shift_biases(exact, x, set(carriers.values()), followers)) < fewest:
             fewest, chosen, biases = ties, x, {n: module.bias.detach().clone() for n, module in carriers.items()}
     for n, bias in biases.items():
         net.get_submodule(n).bias.data = bias.float()
@@ -155,17 +160,14 @@ def _settle(net: nn.Module, name: str) -> torch.Tensor:
     return chosen
 
 
-def _shift_biases(net: nn.Module, x: torch.Tensor, followers: set[nn.Module]) -> float:
-    """Shift biases of the float64 `net` so that x meets no kink of ReLU and sums; returns the weighted pooling near-ties."""
-    ties, carrier = 0.0, net
+def _shift_biases(net: nn.Module, x: torch.Tensor, carriers: set[nn.Module], followers: set[nn.Module]) -> float:
+    """Shift biases of the float64 `net` so that no layer and no sum is near 0 on x; returns the weighted pooling near-ties."""
+    ties, carrier, written = 0.0, net, x
 
-    def carries(module, *_):
-        nonlocal carrier
-        carrier = module
-
-    def away_from_0(z):
+    def away_from_0(z, *also):
+        """z shifted by the carrier's bias; `also` are shifted alike and keep away from 0 as well."""
         reach = 0.05 * z.std()
-        values = z.transpose(0, 1).flatten(1)
+        values = torch.cat([each.transpose(0, 1).flatten(1) for each in (z, *also)], 1)
         values = nn.functional.pad(values, (1, 0), value=-reach.item())
         values = nn.functional.pad(values, (0, 1), value=reach.item()).sort(1).values
         gaps, middles = values.diff(dim=1), (values[:, 1:] + values[:, :-1]) / 2
@@ -174,6 +176,16 @@ def _shift_biases(net: nn.Module, x: torch.Tensor, followers: set[nn.Module]) ->
         shift = middles.gather(1, at[:, None])[:, 0].where(width > 0, 0.0)
         carrier.bias.data -= shift
         return z - shift.reshape(-1, *[1] * (z.ndim - 2))
+
+    def layer(module, _, z):
+        nonlocal carrier, written
+        carrier = module
+        written = away_from_0(z)
+        return written
+
+    def add(_, args, z):
+        assert any(term is written for term in args)
+        return away_from_0(z, written)
 
     def pool(module, args):
         nonlocal ties
@@ -187,12 +199,10 @@ def _shift_biases(net: nn.Module, x: torch.Tensor, followers: set[nn.Module]) ->
 
     hooks = []
     for module in net.modules():
-        if isinstance(module, (*LINEAR, *BATCHNORM)):
-            hooks.append(module.register_forward_hook(carries))
-        elif isinstance(module, nn.ReLU | nn.ReLU6):
-            hooks.append(module.register_forward_pre_hook(lambda _, args: (away_from_0(args[0]),)))
+        if module in carriers:
+            hooks.append(module.register_forward_hook(layer))
         elif isinstance(module, Add):
-            hooks.append(module.register_forward_hook(lambda _, args, z: away_from_0(z)))
+            hooks.append(module.register_forward_hook(add))
         elif isinstance(module, nn.MaxPool1d | nn.MaxPool2d):
             hooks.append(module.register_forward_pre_hook(pool))
     with torch.no_grad():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +21,18 @@ class Parity:
     """A net, its samples x [B, ...], and what zennit says about them."""
 
     def __init__(self, name: str, folder: Path):
-        self.name, self.layers, self.folder = name, NETS[name].layers, folder
-        self.net, x = nets.build(name)
-        self.oracle = Oracle(self.net, x)
+        self.name, self.layers = name, NETS[name].layers
+        self._made: dict[tuple[str, ...], Any] = {}
+        net, x = nets.build(name)
+        self.paths = {exporter: nets.export(net, name, exporter, folder) for exporter in EXPORTERS}
+        self.oracle = Oracle(net, x)
         self.x = x.numpy()
         self.logits = self.oracle.logits(self.x)
         best = [int(c) for c in np.argsort(-self.logits.mean(0))[:3]]
         self.targets: list[Any] = [best[0], best[1], {best[0]: 1.0, best[2]: -0.5}]
 
-    @functools.cached_property
-    def paths(self) -> dict[str, Path]:
-        return {exporter: nets.export(self.net, self.name, exporter, self.folder) for exporter in EXPORTERS}
-
-    @functools.cache  # noqa: B019  (lives as long as the net's tests)
     def canonical(self, exporter: str) -> Canonical:
-        return canonize(self.paths[exporter])
+        return self._once(("canonical", exporter), lambda: canonize(self.paths[exporter]))
 
     def explainer(self, exporter: str, composite: str) -> Explainer:
         return Explainer(self.canonical(exporter), composite, low=LOW, high=HIGH, threads=2)
@@ -47,9 +45,21 @@ class Parity:
                 row[index] = weight
         return rows
 
-    @functools.cache  # noqa: B019
     def reference(self, composite: str) -> dict[str, np.ndarray]:
         """Relevance of input and recorded layers for every sample and target: {name: [B, targets, ...]}."""
+        return self._once(("reference", composite), lambda: self._reference(composite))
+
+    def conditional(self, composite: str, bypass: str) -> dict[str, np.ndarray]:
+        """Relevance of the first sample's first target under each condition: {name: [conditions, ...]}."""
+        return self._once(("conditional", composite, bypass), lambda: self._conditional(composite, bypass))
+
+    def _once(self, key: tuple[str, ...], make: Callable[[], Any]) -> Any:
+        """What `make` returns, made once; functools.cache would keep every net alive to the end of the session."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+    def _reference(self, composite: str) -> dict[str, np.ndarray]:
         count, asked = len(self.x), len(self.targets)
         rows = self.oracle.relevance(
             composite,
@@ -70,9 +80,7 @@ class Parity:
         picks = [(late[:1], early[:5]), (late[1:8], early[::2]), (late[: len(late) // 2], early[1:2])]
         return [dict(zip(self.layers, (sorted(a), sorted(b)), strict=True)) for a, b in picks]
 
-    @functools.cache  # noqa: B019
-    def conditional(self, composite: str, bypass: str) -> dict[str, np.ndarray]:
-        """Relevance of the first sample's first target under each condition: {name: [conditions, ...]}."""
+    def _conditional(self, composite: str, bypass: str) -> dict[str, np.ndarray]:
         x = np.repeat(self.x[:1], len(self.conditions), axis=0)
         targets = self.weights([self.targets[0]] * len(x))
         if bypass == "cut":
