@@ -680,10 +680,12 @@ class _Writer:
         }
 
 
-_BROADCASTING = frozenset(["Add", "Sub", "Sum", "Mean", "Mul", "Div", "Pow", "PRelu", "Expand", "Where", "Max", "Min"])
+_BROADCASTING = frozenset(
+    ["Add", "Sub", "Sum", "Mean", "Mul", "Div", "Pow", "Mod", "PRelu", "Expand", "Where", "Max", "Min"]
+)
 
 # Operators whose rounding a message takes for the identity.
-_APPROXIMATED = frozenset({"QuantizeLinear", "Round", "Floor", "Ceil"})
+_APPROXIMATED = frozenset({"QuantizeLinear", "DynamicQuantizeLinear", "Round", "Floor", "Ceil"})
 
 
 class _View(Node):

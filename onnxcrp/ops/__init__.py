@@ -1,6 +1,16 @@
 """How a message travels back through each ONNX op; files by family, functions named as the op."""
 
-from onnxcrp.ops import activations, arithmetic, attention, linear, normalization, pooling, rearrange
+from onnxcrp.ops import (
+    activations,
+    arithmetic,
+    attention,
+    indexing,
+    linear,
+    normalization,
+    pooling,
+    rearrange,
+    sampling,
+)
 from onnxcrp.ops.registry import (
     CARRIES_NONE,
     FAMILIES,
@@ -30,10 +40,12 @@ __all__ = [
     "arithmetic",
     "attention",
     "carries_none",
+    "indexing",
     "linear",
     "normalization",
     "pooling",
     "rearrange",
+    "sampling",
     "supported",
     "transpose",
 ]
