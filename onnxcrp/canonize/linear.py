@@ -127,7 +127,8 @@ class _Form:
 
     def transpose_before(self, node: gs.Node, perm: list[int]) -> None:
         name = self.names.fresh(f"{node.name}/Transpose")
-        flipped = gs.Variable(self.names.fresh(f"{name}_output"), dtype=node.inputs[0].dtype)
+        shape = _permuted(node.inputs[0], perm)
+        flipped = gs.Variable(self.names.fresh(f"{name}_output"), dtype=node.inputs[0].dtype, shape=shape)
         before, _ = self.new.setdefault(id(node), ([], []))
         before.append(gs.Node("Transpose", name, {"perm": perm}, [node.inputs[0]], [flipped]))
         set_input(node, 0, flipped)
@@ -135,7 +136,8 @@ class _Form:
     def transpose_after(self, node: gs.Node, perm: list[int]) -> None:
         name = self.names.fresh(f"{node.name}/Transpose")
         output = node.outputs[0]
-        flipped = gs.Variable(self.names.fresh(f"{node.name}_output"), dtype=output.dtype)
+        shape = _permuted(output, [int(axis) for axis in np.argsort(perm)])
+        flipped = gs.Variable(self.names.fresh(f"{node.name}_output"), dtype=output.dtype, shape=shape)
         set_output(node, flipped)
         _, after = self.new.setdefault(id(node), ([], []))
         after.append(gs.Node("Transpose", name, {"perm": perm}, [flipped], [output]))
@@ -189,6 +191,10 @@ class _Form:
         output = add.outputs[0]
         detach(add)
         set_output(node, output)
+
+
+def _permuted(tensor: gs.Tensor, perm: list[int]) -> list | None:
+    return None if tensor.shape is None else [tensor.shape[axis] for axis in perm]
 
 
 def _row(constant: np.ndarray, out: int) -> np.ndarray | None:

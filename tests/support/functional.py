@@ -45,7 +45,7 @@ AVERAGES = {"avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "ad
 AVERAGES |= {"adaptive_avg_pool3d", "interpolate"}
 CONVOLUTIONS = {"conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"}
 MATMULS = {"matmul", "__matmul__", "bmm", "einsum"}
-WHOLE = re.compile(r"RMSNorm$|^T5LayerNorm$|Activation$|^GELUTanh$|^QuickGELU$|^NewGELU")  # modules that pass
+WHOLE = re.compile(r"(RMSNorm|^T5LayerNorm)$")  # modules that pass, besides those of transformers.activations
 
 
 class Share(Function):
@@ -374,8 +374,10 @@ def prepared(net: nn.Module) -> nn.Module:
             module.forward = functools.partial(_multihead, module)
         if hasattr(module, "inplace"):
             module.inplace = False
+    for module in list(net.modules()):
         for name, child in module.named_children():
-            if WHOLE.search(type(child).__name__):
+            kind = type(child)
+            if WHOLE.search(kind.__name__) or kind.__module__ == "transformers.activations":
                 setattr(module, name, _Whole(child))
     return net
 
@@ -406,7 +408,7 @@ def merge(net: nn.Module, *args: Tensor) -> None:
 
     handles = [m.register_forward_hook(hook) for m in net.modules() if not list(m.children())]
     with torch.no_grad():
-        net(*args)
+        before = net(*args)
     for handle in handles:
         handle.remove()
     for layer, found in readers.items():
@@ -420,6 +422,9 @@ def merge(net: nn.Module, *args: Tensor) -> None:
         bias = -norm.running_mean if layer.bias is None else layer.bias - norm.running_mean
         layer.bias = nn.Parameter(bias * scale + norm.bias, requires_grad=False)
         norm.forward = lambda x: x
+    with torch.no_grad():
+        for one, other in zip(_tensors(before), _tensors(net(*args)), strict=True):
+            torch.testing.assert_close(other, one)
 
 
 def relevance(net: nn.Module, feeds: Mapping[str, np.ndarray], composite: str, target: tuple[int, ...]) -> np.ndarray:
