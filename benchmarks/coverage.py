@@ -7,7 +7,7 @@ is done; a row that is there is not run again unless it is named by --only or ev
 that this Python lacks (transformers, keras with tensorflow-cpu and tf2onnx) are left as they are, so the table may be
 filled in by several environments. docs/coverage.md is written from that file (--markdown does nothing else). A row says
 
-- exports: whether the exporter writes the model at all; what fails there is the exporter's;
+- exports: whether the exporter writes a model that onnxruntime loads; what fails there is the exporter's;
 - canonizes: the relative L2 difference of the canonical model's outputs to the original's;
 - explains: relevance of the largest output, finite and not 0;
 - conserves: (relevance of the inputs + what is itemised as lost) / explained output, and whether every layer whose
@@ -20,6 +20,7 @@ filled in by several environments. docs/coverage.md is written from that file (-
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib.util
 import json
@@ -27,6 +28,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import warnings
@@ -56,6 +58,7 @@ def run(case: Case, exporter: str) -> Row:
         stage = "exports"
         with tempfile.TemporaryDirectory() as folder:
             path = export(model, feeds, exporter, Path(folder))
+            _loads(path)
             row["exports"] = True
             stage = "explains"
             _explain(row, case, path, feeds)
@@ -71,6 +74,16 @@ def run(case: Case, exporter: str) -> Row:
     row["seconds"] = round(time.perf_counter() - start, 1)
     gc.collect()
     return row
+
+
+def _loads(path: Path) -> None:
+    """Whether onnxruntime accepts the file; an exporter may write operators that nobody knows."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 4
+    onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 def _first_line(error: BaseException) -> str:
@@ -266,30 +279,78 @@ def wanted(only: Iterable[str], small: bool) -> list[tuple[Case, str]]:
     return chosen
 
 
-def apart(key: str, limit: float) -> Row:
-    """A row, run in a process of its own."""
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.coverage", "--row", key]
-    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    case, exporter = next((c, e) for c, e in wanted((), False) if f"{c.name} ({e})" == key)
-    with tempfile.TemporaryFile("w+") as log:
-        try:
-            done = subprocess.run(
+class Worker:
+    """Runs rows in another process, which is ended when a row takes too long, and now and then for its memory."""
+
+    def __init__(self, limit: float) -> None:
+        self.limit, self.rows = limit, 0
+        self.process: subprocess.Popen[str] | None = None
+
+    def __call__(self, key: str) -> Row:
+        """One row; the error says so if the process died or did not end in time."""
+        alone = "on torch" in key  # Keras chooses its backend once
+        if alone:
+            self.end()
+        if self.process is None:
+            command = [sys.executable, "-W", "ignore", "-m", "benchmarks.coverage", "--worker"]
+            environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+            self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115
+            self.process = subprocess.Popen(
                 command,
                 cwd=ROOT,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-                timeout=limit,
                 env=environment,
-                check=False,
+                text=True,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self.log,
             )
-            if done.returncode == 0:
-                return json.loads(done.stdout.strip().splitlines()[-1])
-            log.seek(0)
-            error = (log.read().strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        except subprocess.TimeoutExpired:
-            error = f"not done within {limit:g} s"
-    return {"name": case.name, "group": case.group, "exporter": exporter, "composite": case.composite, "error": error}
+        process, self.rows = self.process, self.rows + 1
+        assert process.stdin is not None
+        assert process.stdout is not None
+        timer = threading.Timer(self.limit, process.kill)
+        timer.start()
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.write(f"{key}\n")
+            process.stdin.flush()
+        answer = ""
+        while not answer.startswith(ANSWER) and (answer := process.stdout.readline()):
+            pass  # what others print
+        late = not timer.is_alive()
+        timer.cancel()
+        if answer:
+            if self.rows % ROWS_PER_PROCESS == 0 or alone:
+                self.end()
+            return json.loads(answer.removeprefix(ANSWER))
+        self.log.seek(0)
+        last = (self.log.read().strip().splitlines() or ["the process died"])[-1]
+        self.end()
+        case, exporter = next((c, e) for c, e in wanted((), False) if f"{c.name} ({e})" == key)
+        error = f"not done within {self.limit:g} s" if late else last
+        return {
+            "name": case.name,
+            "group": case.group,
+            "exporter": exporter,
+            "composite": case.composite,
+            "error": error,
+        }
+
+    def end(self) -> None:
+        """End the process, if there is one."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.communicate()
+            self.log.close()
+        self.process = None
+
+
+ANSWER, ROWS_PER_PROCESS = "row: ", 12
+
+
+def work() -> None:
+    """What the other process does: rows by name from stdin, JSON to stdout."""
+    known = {f"{case.name} ({exporter})": (case, exporter) for case, exporter in wanted((), False)}
+    for line in sys.stdin:
+        print(ANSWER + json.dumps(run(*known[line.strip()])), flush=True)
 
 
 def lacks(case: Case) -> bool:
@@ -304,6 +365,7 @@ def lacks(case: Case) -> bool:
 @click.option("--limit", default=400.0, show_default=True, help="Seconds that a row may take.")
 @click.option("--markdown", is_flag=True, help="Only write the table from the JSON file.")
 @click.option("--row", help="Run this one row here and print it as JSON.")
+@click.option("--worker", is_flag=True, hidden=True)
 @click.option("--fresh", is_flag=True, help="Forget what the JSON file holds.")
 @click.option("--json", "file", type=click.Path(path_type=Path), default=JSON, help="Where rows are kept.")
 @click.option("--table", type=click.Path(path_type=Path), default=TABLE, help="Where the table is written.")
@@ -314,17 +376,22 @@ def main(
     limit: float,
     markdown: bool,
     row: str | None,
+    worker: bool,
     fresh: bool,
     file: Path,
     table: Path,
 ) -> None:
     """Run what is missing and write the table."""
+    if worker:
+        work()
+        return
     everything = wanted((), False)
     if row is not None:
         print(json.dumps(run(*next((c, e) for c, e in everything if f"{c.name} ({e})" == row))))
         return
     order = {f"{case.name} ({exporter})": i for i, (case, exporter) in enumerate(everything)}
     asked = [] if markdown else wanted(only, small)
+    apart = Worker(limit)
     for case, exporter in asked:
         key = f"{case.name} ({exporter})"
         if (key in kept_in(file, fresh) and not only) or (group and case.group not in group):
@@ -332,7 +399,7 @@ def main(
         if lacks(case):
             print(f"{key}: left out, there is no {case.needs} here", file=sys.stderr, flush=True)
             continue
-        found = apart(key, limit)
+        found = apart(key)
         trace = found.pop("trace", "")
         kept = kept_in(file, fresh) | {key: found}  # read again: another environment may fill in other rows meanwhile
         fresh = False
@@ -342,6 +409,7 @@ def main(
         print(_line(found), flush=True)
         if found.get("error"):
             print(f"  {found['error']}\n{trace}", file=sys.stderr, flush=True)
+    apart.end()
     if markdown:
         table.write_text(written(list(kept_in(file, False).values())), encoding="utf-8")
 

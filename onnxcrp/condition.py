@@ -50,8 +50,10 @@ class Selection:
 # --- concepts -> mask -------------------------------------------------------------------------------------------------
 
 
-def mask(concepts: Any, *, layer: str, shape: Shape, axis: int) -> np.ndarray:
+def mask(concepts: Any, *, layer: str, shape: Shape, axis: int, heads: bool = False) -> np.ndarray:
     """Mask of a layer with output `shape` and concept axis `axis`: float32 [1, C, 1, ...], or as large as it must be.
+
+    `heads`: whether axis 1 of [B, heads, T, d] are attention heads.
 
     `concepts`: a channel, a list of them, `{channel: weight}`, a Selection, or an array: of the layer's rank, without
     its batch axis, or one weight per channel. Axis 0 is 1, or B for a mask of its own for every sample.
@@ -63,7 +65,7 @@ def mask(concepts: Any, *, layer: str, shape: Shape, axis: int) -> np.ndarray:
         if concepts.channels is not None:
             keep = _channels(dict(concepts.channels), layer, shape, axis)
         for kind, entries in concepts.places:
-            keep = keep * _places(kind, entries, layer, shape, axis)
+            keep = keep * _places(kind, entries, layer, shape, axis, heads)
         return keep
     if isinstance(concepts, Mapping):
         return _channels(concepts, layer, shape, axis)
@@ -107,7 +109,28 @@ def _channels(weights: Mapping[Any, Any], layer: str, shape: Shape, axis: int) -
     return keep.reshape([count if at == axis else 1 for at in range(len(shape))])
 
 
-def _places(kind: str, entries: Sequence[tuple[int, ...]], layer: str, shape: Shape, axis: int) -> np.ndarray:
+def concepts(shape: Shape, axis: int, *, dense: bool, heads: bool) -> dict[str, list[int | None]]:
+    """What a layer with output `shape` can be asked about by number: {kind: how many}, the concepts first.
+
+    {"channels": [64], "positions": [7, 7]}; {"features": [32], "tokens": [9]}, "neurons" where a `dense` layer made
+    them; {"features": [8], "heads": [4]} inside attention.
+    """
+    rank, sizes = len(shape), [d if isinstance(d, int) else None for d in shape]
+    if rank < 2:
+        return {}
+    last = axis % rank == rank - 1 and rank > 2
+    others = [at for at in range(1, rank) if at != axis % rank]
+    found = {"neurons" if dense else "features" if last or rank == 2 else "channels": [sizes[axis]]}
+    if heads:
+        return found | {"heads": [sizes[1]]}
+    if others:
+        found["tokens" if last and len(others) == 1 else "positions"] = [sizes[at] for at in others]
+    return found
+
+
+def _places(
+    kind: str, entries: Sequence[tuple[int, ...]], layer: str, shape: Shape, axis: int, heads: bool
+) -> np.ndarray:
     """Mask that keeps places only: 1 at each of `entries`, indices on the axes that `kind` stands for."""
     rank = len(shape)
     shown = f"layer {layer} [{', '.join(map(str, ('N', *shape[1:])))}]"
@@ -121,7 +144,7 @@ def _places(kind: str, entries: Sequence[tuple[int, ...]], layer: str, shape: Sh
             raise QuestionError(f"{shown}: has no token axis, @token needs [B, T, C]", hint="places are @pos=y:x")
         axes = others
     elif kind == "head":
-        if rank != 4 or axis % rank == 1:
+        if not heads:
             raise QuestionError(f"{shown}: has no attention heads, @head needs [B, heads, T, d]")
         axes = [1]
     else:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from onnxcrp.condition import concepts
 from onnxcrp.errors import CompositeError, QuestionError
 from onnxcrp.question import Asked, listed
 from onnxcrp.relevance import RelevanceModels, shape_of
@@ -44,6 +45,7 @@ class LayerInfo:
     shape: tuple[int | str | None, ...]
     axis: int  # of the concepts
     channels: int | None  # how many concepts, where that is static
+    concepts: Mapping[str, list[int | None]]  # what can be asked about by number: condition.concepts
     depth: int
     rule: str | None  # None for rearrangements and where no line of the composite fits
     parameters: Mapping[str, Any]
@@ -130,6 +132,7 @@ class Explainer:
                     shape=layer.shape,
                     axis=layer.axis,
                     channels=channels if isinstance(channels, int) else None,
+                    concepts=concepts(layer.shape, layer.axis, dense=family == "dense", heads=layer.heads),
                     depth=facts.depth[node.name],
                     rule=rule,
                     parameters=parameters,
@@ -185,6 +188,7 @@ class Explainer:
                     "family": layer.family,
                     "shape": list(layer.shape),
                     "channels": layer.channels,
+                    "concepts": dict(layer.concepts),
                     "depth": layer.depth,
                     "rule": layer.rule,
                     "parameters": plain(layer.parameters),

@@ -246,6 +246,21 @@ class Facts:
             node = self.producer.get(node.inputs[data[0]].name) if len(data) == 1 else None
         return node is not None and node.op in ("Sigmoid", "HardSigmoid", "Softmax")
 
+    def is_attention(self, node: gs.Node) -> bool:
+        """Whether a node's output is what attention multiplies or what comes of it, rearranged, scaled, masked."""
+        before: gs.Node | None = node
+        while before is not None and self._mixes_nothing(before):
+            data = self.carries(before)
+            before = self.producer.get(before.inputs[data[0]].name) if data else None
+        after: gs.Node | None = node
+        while after is not None and (after is node or self._mixes_nothing(after)):
+            readers = self.readers.get(after.outputs[0].name, [])
+            after = readers[0] if readers else None
+        return any(end is not None and end.op in OPS and self.family(end) == "matmul" for end in (before, after))
+
+    def _mixes_nothing(self, node: gs.Node) -> bool:
+        return node.op in OPS and (self.family(node) in ("rearrangement", "scale", "softmax") or self.is_mask(node))
+
     def is_mask(self, node: gs.Node) -> bool:
         """Whether a node adds an attention mask, which is no data path, to the scores of a softmax."""
         if node.op not in ("Add", "Sum") or len(self.carries(node)) != 1:
@@ -396,13 +411,14 @@ class Facts:
         known = {tensor.name for tensor in self.graph.inputs}
         for node in self.nodes:
             data = self.carries(node)
-            if node.op not in _PREPROCESSING or not data:
+            if node.op not in _PREPROCESSING or not data or _is_lookup(node):
                 continue
             if node.op == "Div" and data != [0]:
                 continue
             constants = [t for t in node.inputs if isinstance(t, gs.Constant)]
             if all(node.inputs[i].name in known for i in data) and (
-                node.op not in ("Add", "Sub", "Mul", "Div") or all(_per_channel(t.values) for t in constants)
+                node.op not in ("Add", "Sub", "Mul", "Div")
+                or (len(constants) == 1 and _per_channel(constants[0].values))
             ):
                 known.update(tensor.name for tensor in node.outputs)
         return known

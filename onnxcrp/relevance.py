@@ -67,10 +67,11 @@ class Layer:
     tensor: str
     shape: Shape
     axis: int  # of its concepts
+    heads: bool = False  # axis 1 are attention heads
 
     def mask(self, concepts: Any) -> np.ndarray:
         """Concepts as an array of the layer's rank; raises QuestionError."""
-        return mask(concepts, layer=self.name, shape=self.shape, axis=self.axis)
+        return mask(concepts, layer=self.name, shape=self.shape, axis=self.axis, heads=self.heads)
 
 
 class RelevanceModels:
@@ -108,7 +109,9 @@ class RelevanceModels:
         if tensor.shape is None:
             return Layer(self.facts.names.of(node), tensor.name, (), 1)
         axis = self.facts.seen_axis(tensor.name, concept_axis(self.facts, node))
-        return Layer(self.facts.names.of(node), tensor.name, as_shape(self.facts.seen(tensor.name)), axis)
+        shape = as_shape(self.facts.seen(tensor.name))
+        heads = len(shape) == 4 and axis % 4 != 1 and self.facts.is_attention(node)
+        return Layer(self.facts.names.of(node), tensor.name, shape, axis, heads)
 
     @cached_property
     def inputs(self) -> dict[str, tuple[np.dtype, Shape]]:

@@ -68,7 +68,7 @@ def test_places():
     both = image(Selection(((3, 0.5),), (("pos", ((2, 4), (0, 1))),)))
     np.testing.assert_array_equal(both, by_hand * np.array([0, 0, 0, 0.5]).reshape(1, 4, 1, 1))
     np.testing.assert_array_equal(tokens(Selection(None, (("token", ((5,),)),))).ravel(), [0, 0, 0, 0, 0, 1])
-    heads = mask(Selection(None, (("head", ((1,),)),)), layer="qk", shape=("N", 2, 6, 4), axis=3)
+    heads = mask(Selection(None, (("head", ((1,),)),)), layer="qk", shape=("N", 2, 6, 4), axis=3, heads=True)
     np.testing.assert_array_equal(heads, np.array([0, 1]).reshape(1, 2, 1, 1))
 
 

@@ -39,7 +39,7 @@ def test_eight_small_rows_of_more_than_sixty() -> None:
 def test_rows_are_kept_and_run_again_only_when_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ran = []
 
-    def apart(key: str, limit: float) -> coverage.Row:
+    def apart(self: coverage.Worker, key: str) -> coverage.Row:
         ran.append(key)
         case, exporter = next((c, e) for c, e in SMALL if f"{c.name} ({e})" == key)
         failed = (
@@ -47,7 +47,7 @@ def test_rows_are_kept_and_run_again_only_when_named(tmp_path: Path, monkeypatch
         )
         return {"name": case.name, "group": case.group, "exporter": exporter, "composite": case.composite, **failed}
 
-    monkeypatch.setattr(coverage, "apart", apart)
+    monkeypatch.setattr(coverage.Worker, "__call__", apart)
     options = ["--small", "--json", str(tmp_path / "rows.json"), "--table", str(tmp_path / "table.md")]
     for more in ([], [], ["--only", "bert-like (dynamo)"]):
         result = CliRunner().invoke(coverage.main, [*options, *more])
@@ -68,7 +68,7 @@ def test_rows_are_kept_and_run_again_only_when_named(tmp_path: Path, monkeypatch
     assert "no row nothing" in CliRunner().invoke(coverage.main, [*options, "--only", "nothing"]).output
 
 
-def test_a_row_that_fails_or_takes_too_long_is_a_row(tmp_path: Path) -> None:
-    row = coverage.apart("squeezenet1_1 (torchscript)", 0.01)
+def test_a_row_that_fails_or_takes_too_long_is_a_row() -> None:
+    row = coverage.Worker(0.01)("squeezenet1_1 (torchscript)")
     assert row["error"] == "not done within 0.01 s"
     assert row["name"] == "squeezenet1_1"

@@ -606,14 +606,14 @@ def test_concepts_of_tokens_are_on_the_last_axis():
 
 def test_inspect_a_model_that_cannot_be_explained():
     nodes = [
-        helper.make_node("Hardmax", ["x"], ["largest"], name="largest"),
+        helper.make_node("Det", ["x"], ["largest"], name="largest"),
         helper.make_node("Relu", ["largest"], ["y"]),
     ]
-    model = make(nodes, [("x", TensorProto.FLOAT, ["N", 3])], [("y", ["N", 3])], {})
+    model = make(nodes, [("x", TensorProto.FLOAT, ["N", 3, 3])], [("y", ["N"])], {})
     explainer = Explainer(model, "epsilon")
-    assert [layer["op"] for layer in explainer.inspect()["unsupported"]] == ["Hardmax"]
-    with pytest.raises(UnsupportedError, match="Hardmax"):
-        explainer.explain(np.ones((1, 3), np.float32), 1)
+    assert [layer["op"] for layer in explainer.inspect()["unsupported"]] == ["Det"]
+    with pytest.raises(UnsupportedError, match="Det"):
+        explainer.explain(np.ones((1, 3, 3), np.float32), 0)
 
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------

@@ -40,13 +40,42 @@ def test_dynamically_quantized_layers() -> None:
         W=codes,
     )
     x = DRAW.normal(size=(2, 4)).astype(np.float32)
-    result = Explainer(model, "epsilon").explain(x, 1)
+    result = Explainer(model, "epsilon").explain(x, 1, seed="abs")
     low, high = min(float(x.min()), 0.0), max(float(x.max()), 0.0)
     step = (high - low) / 255
     zero = np.rint(-low / step)
     a = (np.clip(np.rint(x / step) + zero, 0, 255) - zero) * step  # what the integers stand for
     W = (codes.astype(float) - 128) * 0.02
     seed = np.zeros((2, 3))
-    seed[:, 1] = (a @ W)[:, 1]
+    seed[:, 1] = np.abs(a @ W)[:, 1]
     np.testing.assert_allclose(result.explained, a @ W, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(result.relevance["x"], epsilon_shares(a, W, seed), rtol=1e-3, atol=1e-4)
+
+
+def test_positions_that_the_graph_computes_take_their_share() -> None:
+    """A positional embedding looked up while running is a constant summand as much as one that is stored."""
+    words, places = (DRAW.normal(size=(n, 4)).astype(np.float32) for n in (9, 6))
+    W = DRAW.normal(size=(4, 3)).astype(np.float32)
+    model = parsed(
+        """<ir_version: 8, opset_import: ["": 18]>
+        g (int64[N, 5] ids) => (float[N, 5, 3] y) <int64 zero = {0}, int64 one = {1}> {
+            looked = Gather(words, ids)
+            shape = Shape(ids)
+            length = Gather(shape, one)
+            at = Range(zero, length, one)
+            placed = Gather(places, at)
+            x = Add(looked, placed)
+            y = MatMul(x, W)
+        }""",
+        words=words,
+        places=places,
+        W=W,
+    )
+    ids = DRAW.integers(0, 9, (2, 5))
+    result = Explainer(model, "attnlrp").explain({"ids": ids}, (2, 1), seed="abs")
+    w, p = words[ids].astype(float), places[:5].astype(float)
+    seed = np.zeros((2, 5, 3))
+    seed[:, 2, 1] = np.abs((w + p) @ W)[:, 2, 1]
+    R = epsilon_shares(w + p, W.astype(float), seed)
+    s = R / (w + p + 1e-6 * np.where(w + p >= 0, 1, -1))
+    np.testing.assert_allclose(result.relevance["ids"], (w * s).sum(-1), rtol=1e-4, atol=1e-5)

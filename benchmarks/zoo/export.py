@@ -17,7 +17,7 @@ def _keras(model: Any, exporter: str, path: Path) -> Path:
     import tensorflow as tf
     import tf2onnx
 
-    signature = [tf.TensorSpec(tensor.shape, tensor.dtype, name=f"input_{i}") for i, tensor in enumerate(model.inputs)]
+    signature = [tf.TensorSpec(tensor.shape, tensor.dtype, name=tensor.name) for tensor in model.inputs]
     function = tf.function(lambda *x: model(x[0] if len(x) == 1 else list(x), training=False), signature)
     tf2onnx.convert.from_function(function, input_signature=signature, opset=17, output_path=str(path))
     return path

@@ -12,20 +12,20 @@ from benchmarks.zoo.case import CNN, TRANSFORMER, Arrays, Case, Made, images
 
 EXPORTERS = ("tf2onnx", "keras")
 APPLICATIONS = {  # name -> size of its input
-    "ConvNeXtTiny": 64,
-    "DenseNet121": 64,
-    "EfficientNetB0": 64,
-    "EfficientNetV2B0": 64,
-    "InceptionResNetV2": 96,
-    "InceptionV3": 96,
     "MobileNet": 64,
     "MobileNetV2": 64,
     "MobileNetV3Small": 64,
-    "NASNetMobile": 64,
-    "ResNet50": 64,
     "ResNet50V2": 64,
+    "EfficientNetB0": 64,
     "VGG16": 64,
     "Xception": 96,
+    "DenseNet121": 64,
+    "InceptionV3": 96,
+    "ResNet50": 64,
+    "ConvNeXtTiny": 64,
+    "EfficientNetV2B0": 64,
+    "NASNetMobile": 64,
+    "InceptionResNetV2": 96,
 }
 ON_TORCH = ("MobileNet", "ResNet50V2")
 
@@ -93,7 +93,7 @@ def _own(name: str, backend: str) -> Callable[[], Made]:
 
         def separable() -> Any:
             parts = [k.SeparableConv2D(8, 3, padding="same", strides=2), k.BatchNormalization(), k.ReLU()]
-            parts += [k.DepthwiseConv2D(3, padding="same"), k.LeakyReLU(), k.AveragePooling2D(padding="same")]
+            parts += [k.DepthwiseConv2D(3, padding="same"), k.LeakyReLU(), k.AveragePooling2D(2, padding="same")]
             return sequential((32, 32, 3), *parts, k.Flatten(), k.Dense(4))
 
         picture = images(32, 32).transpose(0, 2, 3, 1).copy()
@@ -117,14 +117,15 @@ OWN = ("Conv1D", "SeparableConv2D", "U-Net", "LSTM", "GRU", "bidirectional LSTM"
 
 def rows() -> list[Case]:
     """Every row of Keras."""
-    found = [
-        Case(name, "Keras", _application(name, "tensorflow"), CNN, EXPORTERS, needs="keras") for name in APPLICATIONS
-    ]
+    found = []
     for name in OWN:
         composite = TRANSFORMER if name == "attention" else CNN
         found.append(Case(f"Keras {name}", "Keras", _own(name, "tensorflow"), composite, EXPORTERS, needs="keras"))
-    for name in ON_TORCH:
-        found.append(Case(f"{name} (on torch)", "Keras", _application(name, "torch"), CNN, ("keras",), needs="keras"))
     for name in ("Conv1D", "SeparableConv2D"):
         found.append(Case(f"Keras {name} (on torch)", "Keras", _own(name, "torch"), CNN, ("keras",), needs="keras"))
+    found += [
+        Case(name, "Keras", _application(name, "tensorflow"), CNN, EXPORTERS, needs="keras") for name in APPLICATIONS
+    ]
+    for name in ON_TORCH:
+        found.append(Case(f"{name} (on torch)", "Keras", _application(name, "torch"), CNN, ("keras",), needs="keras"))
     return found

@@ -35,8 +35,8 @@ def command(
     model: str, composite: str, output: str | None, keep_head: bool, preprocess: str | None, every: bool, as_json: bool
 ) -> None:
     """What MODEL is: inputs and outputs, what was rewritten and what was left alone and why, the layers that can be
-    named with their channels and the rule each gets, operators that are not supported, and whether conditions share
-    the forward pass.
+    named with their concepts (channels; neurons, features, tokens and heads of transformers) and the rule each gets,
+    operators that are not supported, and whether conditions share the forward pass.
     """
     from onnxcrp.analysis.explanation import open_model, unused_lines
 
@@ -91,13 +91,13 @@ def _write(found: dict[str, Any], every: bool) -> None:
                 layer["name"],
                 layer["op"],
                 _shape(layer["shape"]),
-                str(layer["channels"] or ""),
+                _concepts(layer["concepts"]),
                 str(layer["depth"]),
                 _rule(layer),
             ]
             for layer in shown
         ],
-        titles=["layer", "op", "shape", "channels", "depth", "rule"],
+        titles=["layer", "op", "shape", "concepts", "depth", "rule"],
     )
     if hidden := len(found["layers"]) - len(shown):
         click.echo(f"  and {hidden} activations, scalings and rearrangements (--all lists them)")
@@ -145,6 +145,12 @@ def _port(port: dict[str, Any]) -> str:
 
 def _shape(shape: list[Any] | None) -> str:
     return "[" + ", ".join("?" if d is None else str(d) for d in shape or []) + "]"
+
+
+def _concepts(kinds: dict[str, list[int | None]]) -> str:
+    """`64 channels`, `32 features, 9 tokens`, `8 features, 4 heads`; positions are seen in the shape."""
+    parts = [(kind, "x".join("?" if n is None else str(n) for n in sizes)) for kind, sizes in kinds.items()]
+    return ", ".join(f"{count} {kind}" for kind, count in parts if kind != "positions")
 
 
 def _rule(layer: dict[str, Any]) -> str:

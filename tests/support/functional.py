@@ -42,7 +42,7 @@ SUMS = {"add": 1, "__add__": 1, "__radd__": 1, "__iadd__": 1, "add_": 1, "sub": 
 PRODUCTS = {"mul", "__mul__", "__rmul__", "__imul__", "mul_"}
 QUOTIENTS = {"div", "__truediv__", "true_divide", "__itruediv__", "div_"}
 AVERAGES = {"avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "mean", "sum"}
-AVERAGES |= {"adaptive_avg_pool3d", "interpolate"}
+AVERAGES |= {"adaptive_avg_pool3d", "interpolate", "norm", "linalg_vector_norm"}
 CONVOLUTIONS = {"conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"}
 MATMULS = {"matmul", "__matmul__", "bmm", "einsum"}
 WHOLE = re.compile(r"(RMSNorm|^T5LayerNorm)$")  # modules that pass, besides those of transformers.activations
@@ -180,7 +180,7 @@ class Watch(TorchFunctionMode):
         return leaf * 1.0
 
     def apply(self, name: str, func: Any, args: Any, kwargs: Any, depth: int) -> Any:
-        if name in ("float", "double", "to", "type_as"):
+        if name in ("float", "double", "to", "type", "type_as"):
             kinds = [a for a in [*args[1:], *kwargs.values()] if isinstance(a, torch.dtype)]
             return args[0] if name != "to" or kinds else func(*args, **kwargs)
         if name == "interpolate" and kwargs.get("mode", args[3] if len(args) > 3 else "nearest") == "nearest":
