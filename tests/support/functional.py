@@ -12,7 +12,7 @@ import contextlib
 import copy
 import functools
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,8 @@ REARRANGE = set(
     chunk split unbind tensor_split __getitem__ index_select gather roll expand expand_as repeat unsqueeze squeeze
     narrow pad _pad zero_pad2d dropout dropout2d feature_dropout channel_shuffle pixel_shuffle pixel_unshuffle to
     type_as float double masked_fill masked_fill_ where detach t mT __get__ view_as reshape_as repeat_interleave
-    max_pool1d max_pool2d max_pool3d boolean_dispatch amax max unfold tile flip select size dim numel""".split()  # noqa: SIM905
+    max_pool1d max_pool2d max_pool3d boolean_dispatch amax max unfold tile flip select size dim numel
+    new_zeros new_ones new_full zeros_like ones_like""".split()  # noqa: SIM905
 )
 PASS = set(
     """relu relu_ relu6 hardtanh hardtanh_ gelu silu silu_ hardswish hardswish_ hardsigmoid sigmoid tanh leaky_relu elu
@@ -147,10 +148,10 @@ def _carries(value: Any) -> bool:
 class Watch(TorchFunctionMode):
     """Puts rules in the place of torch's functions. `depth`: layers with weights between the input and a tensor."""
 
-    def __init__(self, rules: Mapping[str, Any], ids: Sequence[Tensor]) -> None:
+    def __init__(self, rules: Mapping[str, Any], ids: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.rules, self.ids = rules, ids
-        self.leaves: list[Tensor] = []
+        self.leaves: list[tuple[str, Tensor]] = []  # what the ids of an input looked up
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -173,10 +174,11 @@ class Watch(TorchFunctionMode):
 
     def embedding(self, func: Any, ids: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         found = func(ids, weight, *args, **kwargs)
-        if not any(ids.shape == mine.shape and torch.equal(ids, mine) for mine in self.ids):
+        name = next((n for n, mine in self.ids.items() if ids.shape == mine.shape and torch.equal(ids, mine)), None)
+        if name is None:
             return found  # positions and token types
         leaf = found.detach().requires_grad_(True)
-        self.leaves.append(leaf)
+        self.leaves.append((name, leaf))
         return leaf * 1.0
 
     def apply(self, name: str, func: Any, args: Any, kwargs: Any, depth: int) -> Any:
@@ -427,24 +429,44 @@ def merge(net: nn.Module, *args: Tensor) -> None:
             torch.testing.assert_close(other, one)
 
 
-def relevance(net: nn.Module, feeds: Mapping[str, np.ndarray], composite: str, target: tuple[int, ...]) -> np.ndarray:
-    """Relevance of the first input (token ids: [B, T]) for one entry of the first output, the same for all samples."""
+def relevances(
+    net: nn.Module,
+    feeds: Mapping[str, np.ndarray],
+    composite: str,
+    target: tuple[int, ...] | np.ndarray,
+    output: int = 0,
+) -> dict[str, np.ndarray]:
+    """Relevance of every input (token ids: [B, T]) for a target of one output, the same for all samples.
+
+    `target`: an index, or weights of the output's entries [*output[1:]]; the seed is the weights times the output.
+    """
     net = prepared(net)
-    tensors = [torch.from_numpy(np.asarray(value)) for value in feeds.values()]
-    tensors = [t.double() if t.is_floating_point() else t for t in tensors]
-    merge(net, *tensors)
-    real = tensors[0].is_floating_point()
-    if real:
-        tensors[0].requires_grad_(True)
-    watch = Watch(COMPOSITES[composite], [] if real else tensors[:1])
+    tensors = {name: torch.from_numpy(np.asarray(value)) for name, value in feeds.items()}
+    tensors = {name: t.double() if t.is_floating_point() else t for name, t in tensors.items()}
+    merge(net, *tensors.values())
+    real = {name: t.requires_grad_(True) for name, t in tensors.items() if t.is_floating_point()}
+    watch = Watch(COMPOSITES[composite], {name: t for name, t in tensors.items() if name not in real})
     with _eager(), watch:
-        out = net(*tensors)
-    out = out[0] if isinstance(out, tuple | list) else out
+        out = net(*tensors.values())
+    out = out[output] if isinstance(out, tuple | list) else out
     seed = torch.zeros_like(out)
-    seed[(slice(None), *target)] = out.detach()[(slice(None), *target)]
-    leaves = tensors[:1] if real else watch.leaves
-    R = sum(torch.autograd.grad(out, leaves, seed))
-    return R.numpy() if real else R.sum(-1).numpy()
+    if isinstance(target, tuple):
+        seed[(slice(None), *target)] = out.detach()[(slice(None), *target)]
+    else:
+        seed = out.detach() * torch.from_numpy(target).to(out)
+    leaves = [*real.values(), *(leaf for _, leaf in watch.leaves)]
+    found = torch.autograd.grad(out, leaves, seed, allow_unused=True)
+    R = {name: back.numpy() for name, back in zip(real, found, strict=False) if back is not None}
+    for (name, _), back in zip(watch.leaves, found[len(real) :], strict=True):
+        if back is not None:
+            R[name] = R.get(name, 0) + back.sum(-1).numpy()
+    return R
 
 
-__all__ = ["EPSILON", "Watch", "relevance"]
+def relevance(net: nn.Module, feeds: Mapping[str, np.ndarray], composite: str, target: tuple[int, ...]) -> np.ndarray:
+    """That of the first input which gets any, for the first output."""
+    R = relevances(net, feeds, composite, target)
+    return next(R[name] for name in feeds if name in R)
+
+
+__all__ = ["EPSILON", "Watch", "relevance", "relevances"]
