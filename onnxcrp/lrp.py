@@ -138,7 +138,8 @@ class Layer:
             return self.op.zero
         assert self.about.forward is not None
         z = self.about.forward(self.op, self.node, a, W, b)
-        return z._if(nonnegative=a.nonnegative and W.nonnegative and b.nonnegative)
+        alike = (a.nonnegative and W.nonnegative) or (a.nonpositive and W.nonpositive)
+        return z._if(nonnegative=alike and b.nonnegative)
 
     def T(self, s: Any, W: Value | None = None) -> Any:
         """The transpose of L(W,0): [N, out...] -> [N, in...]."""

@@ -88,6 +88,31 @@ def fit(op: Graph, node: Node, s: Value, index: int) -> Value:
     return op.Slice(padded, op.constant(np.zeros(n, np.int64)), size, axes)
 
 
+def spaced(op: Graph, node: Node, s: Value, strides: Sequence[int]) -> Value:
+    """s [N, C, h...] -> [N, C, H...], the size of the node's input: one entry every `strides` places, zeros between.
+
+    Every entry is copied over its whole stride, and a factor of zeros and ones keeps the first copy: it merges with the
+    other factors of the message, so that the zeros cost nothing of their own.
+    """
+    n = len(strides)
+    corner = scatter(
+        op,
+        node,
+        op.Expand(1.0, op.Concat([1, 1], op.shape(s, 2), axis=0)),
+        op.constant(np.ones([1] * (n + 2), op.dtype)),
+        [1] * n,
+        group=1,
+    )
+    scales = op.constant(np.array([1, 1, *strides], np.float32))
+    how = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
+    copies = op.node("Resize", [s, None, scales], how)
+    sizes = list(zip(node.dims(output=True)[2:], node.dims(0)[2:], strides, strict=True))
+    if any(h is None or size is None or h * stride != size for h, size, stride in sizes):
+        # a stride of s reads (h - 1) s + 1 .. h s positions
+        copies = op.Slice(copies, op.constant(np.zeros(n, np.int64)), node.size(0, 2), list(range(2, n + 2)))
+    return copies * corner
+
+
 def common_batch(op: Graph, values: Sequence[Value], rank: int) -> list[Value]:
     """Values of equal rank expanded to the largest of their batch sizes (each 1 or N), so that Concat accepts them."""
     if len(values) < 2:

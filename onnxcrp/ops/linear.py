@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from onnxcrp.graph import Graph, Value
-from onnxcrp.ops.geometry import scatter, window
+from onnxcrp.ops.geometry import scatter, spaced, window
 from onnxcrp.ops.registry import KEEPS, Node, Ones, transpose
 
 _CONV_ATTRS = ("strides", "dilations", "pads", "group", "kernel_shape")
@@ -54,7 +54,10 @@ def _conv_ones(op: Graph, node: Node) -> Ones:
 
 @transpose("Conv", family="convolution", sign=KEEPS, forward=_again, ones=_conv_ones, weighted=True)
 def conv(op: Graph, node: Node, s: Value, W: Value) -> Value:
-    """s [N, M, h...], W [M, C/group, k...] -> [N, C, H...]; with stride 1 a convolution with the flipped kernel."""
+    """s [N, M, h...], W [M, C/group, k...] -> [N, C, H...]; with stride 1 a convolution with the flipped kernel.
+
+    A kernel of one place (the shortcuts of residual nets) needs its stride only to put the results where they belong.
+    """
     kernel = _kernel(node)
     group = node.attrs.get("group", 1)
     strides, dilations, before, after = window(node, kernel)
@@ -65,6 +68,8 @@ def conv(op: Graph, node: Node, s: Value, W: Value) -> Value:
         return op.Conv(
             s, _flipped(op, W, group), strides=strides, dilations=dilations, pads=pads, group=group, kernel_shape=kernel
         )
+    if op.flip_convolutions and set(kernel) == {1} and not any([*before, *after]) and W.is_constant:
+        return spaced(op, node, op.Conv(s, _flipped(op, W, group), group=group, kernel_shape=kernel), strides)
     return scatter(op, node, s, W, kernel, group=group)
 
 
