@@ -49,6 +49,7 @@ def compile(
     masks: str = "optional",
     per_sample: bool = True,
     flip_convolutions: bool = True,
+    store_weights: bool = False,
     opset: int | None = None,
     ir_version: int = 10,
 ) -> onnx.ModelProto:
@@ -65,6 +66,8 @@ def compile(
     Where axis 0 of a layer does not count samples (windows, merged rows), its mask, seed and outputs still are
     [N, k, ...], unless `per_sample` is False: then they are laid out as the layer's own tensor is.
     `bypass="cut"`: only relevance that passes through every conditioned layer goes on; `"keep"`: masks alone apply.
+    W+, flipped kernels and the like are written as nodes, which runtimes compute when they load the file, so that it is
+    about as large as the model; for one that folds no constants `store_weights` puts them into the file.
     Errors: ModelError, UnsupportedError (all operators at once), CompositeError, QuestionError.
     """
     from onnxcrp.canonize import Canonical, canonize
@@ -87,6 +90,7 @@ def compile(
         start_from=start_from,
         per_sample=per_sample,
         flip_convolutions=flip_convolutions,
+        store_weights=store_weights,
         opset=max(18, int(canonical.graph.opset)),
     )
     writer.walk(
@@ -169,6 +173,7 @@ class _Writer:
         start_from: str,
         per_sample: bool,
         flip_convolutions: bool,
+        store_weights: bool,
         opset: int,
     ) -> None:
         from onnxcrp.canonize.lower import lower
@@ -185,7 +190,11 @@ class _Writer:
         self.tensor.update((t.name, t) for t in forward.inputs)
         self.forward = forward
         self.op = Graph(
-            opset=opset, nodes=self.forward_nodes, taken=list(self.tensor), flip_convolutions=flip_convolutions
+            opset=opset,
+            nodes=self.forward_nodes,
+            taken=list(self.tensor),
+            flip_convolutions=flip_convolutions,
+            store_weights=store_weights,
         )
         for name, tensor in self.tensor.items():  # ops that ask a canonical tensor's size get the lowered graph's, too
             if isinstance(tensor, gs.Variable):

@@ -247,6 +247,11 @@ class Value:
     def _is_scalar(self, number: float) -> bool:
         return self.array is not None and self.array.ndim == 0 and self.array == number
 
+    def _know(self, array: np.ndarray) -> Value:
+        """Written as nodes, known all the same."""
+        self.array, self.nonnegative = array, array.dtype.kind in "fiu" and bool((array >= 0).all())
+        return self
+
     def _if(self, *, nonnegative: bool = False, nonpositive: bool = False) -> Value:
         self.nonnegative |= nonnegative
         self._nonpositive |= nonpositive
@@ -268,9 +273,11 @@ class Graph:
         taken: Iterable[str] = (),
         dtype: Any = np.float32,
         flip_convolutions: bool = True,
+        store_weights: bool = False,
     ) -> None:
         self.opset = opset
         self.flip_convolutions = flip_convolutions  # stride-1 transposes as convolutions: twice as fast on CPU
+        self.store_weights = store_weights  # W+, flipped kernels ... as constants, not as nodes that a runtime folds
         self.dtype = np.dtype(dtype)
         self.nodes: list[gs.Node] = list(nodes)
         self.zero = Value(self, None, nonnegative=True)
@@ -372,8 +379,10 @@ class Graph:
         key = (op, domain, outputs, tuple(id(value) for value in values), _frozen(attrs))
         if key in self._written:
             return self._written[key][0]
-        result: Any = self._fold(op, values, attrs) if outputs == 1 and not domain else None
-        if result is None:
+        folded = self._fold(op, values, attrs) if outputs == 1 and not domain else None
+        if folded is not None and self._stores(folded):
+            result: Any = self.constant(folded)
+        else:
             name = self.unique(op)
             tensors = [gs.Variable(name if outputs == 1 else self.unique(op)) for _ in range(outputs)]
             node_inputs = [gs.Variable.empty() if value is None else value.tensor for value in values]
@@ -384,17 +393,23 @@ class Graph:
             for each in made:
                 each.message = any(value is not None and value.message for value in values)
             result = made[0] if outputs == 1 else made
+            if folded is not None:
+                result._know(folded)
         self._written[key] = (result, values)  # keeps the operands alive, so that no id is used twice
         return result
 
-    def _fold(self, op: str, values: Sequence[Value | None], attrs: dict[str, Any]) -> Value | None:
+    def _stores(self, array: np.ndarray) -> bool:
+        """Whether an array that follows from constants goes into the file, not the nodes that make it."""
+        return self.store_weights or array.size <= _SMALL
+
+    def _fold(self, op: str, values: Sequence[Value | None], attrs: dict[str, Any]) -> np.ndarray | None:
         if op not in _NUMPY or attrs or any(value is None or value.array is None for value in values):
             return None
         arrays = [value.array for value in values if value is not None and value.array is not None]
         if sum(array.size for array in arrays) < np.prod(np.broadcast_shapes(*(a.shape for a in arrays))) / 4:
             return None  # an outer product would only make the file larger
         result = np.asarray(_NUMPY[op](*arrays))
-        return self.constant(result if result.dtype.kind == "b" else result.astype(arrays[-1].dtype, copy=False))
+        return result if result.dtype.kind == "b" else result.astype(arrays[-1].dtype, copy=False)
 
     # ---- what arithmetic alone does not say --------------------------------------------------------------------
     def delayed(self, product: Product) -> Value:
@@ -428,12 +443,21 @@ class Graph:
         """Shape of a value at run time, int64 [end - start]."""
         return self.Shape(value, start=start, end=end)
 
-    def derive(self, x: Value, what: str, function: Callable[[np.ndarray], np.ndarray]) -> Value:
-        """`function` of a constant, computed once under the name `what`; a symbolic zero if nothing is left of it."""
+    def derive(
+        self, x: Value, what: str, function: Callable[[np.ndarray], np.ndarray], nodes: Callable[[Value], Value]
+    ) -> Value:
+        """`function` of a constant under the name `what`; a symbolic zero if nothing is left of it.
+
+        Large ones are written as `nodes`, which runtimes fold when they load the file: it need not hold W and W+.
+        """
         key = (what, id(x))
         if key not in self._written:
             array = function(x.array)  # type: ignore[arg-type]
-            self._written[key] = (self.constant(array) if array.any() else self.zero, [x])
+            if not array.any():
+                result = self.zero
+            else:
+                result = self.constant(array) if self._stores(array) else nodes(x)._know(array)
+            self._written[key] = (result, [x])
         return self._written[key][0]
 
     def sum(self, values: Sequence[Value]) -> Value:
@@ -449,7 +473,7 @@ def positive(x: Value) -> Value:
     if x.is_zero or x.nonnegative:
         return x
     if x.array is not None:
-        return x.graph.derive(x, "positive", lambda array: np.maximum(array, 0))
+        return x.graph.derive(x, "positive", lambda array: np.maximum(array, 0), x.graph.Relu)
     return x.graph.Relu(x)._if(nonnegative=True)
 
 
@@ -458,7 +482,7 @@ def negative(x: Value) -> Value:
     if x.is_zero or x.nonnegative:
         return x.graph.zero
     if x.array is not None:
-        return x.graph.derive(x, "negative", lambda array: np.minimum(array, 0))
+        return x.graph.derive(x, "negative", lambda array: np.minimum(array, 0), lambda x: x.graph.Min(x, 0.0))
     return (-x.graph.Relu(-x))._if(nonpositive=True)
 
 

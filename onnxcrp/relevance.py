@@ -198,6 +198,7 @@ class RelevanceModels:
                 start_from=plan.start_from,
                 bypass=plan.bypass,
                 relevance_of=plan.inputs,
+                store_weights=self.is_quantized,  # which runs without the runtime's folding
                 **self._compile_options,
             )
         meta = {entry.key: entry.value for entry in model.metadata_props}

@@ -222,6 +222,33 @@ def test_only_what_is_asked_for_is_written() -> None:
     assert not any("first" in node.name for node in top.graph.node if node.name.startswith("R/"))
 
 
+@pytest.mark.parametrize("composite", ["alpha2_beta1", "epsilon_gamma_box(low=-3, high=3)", "wsquare"])
+def test_derived_weights_are_nodes_unless_stored(composite: str) -> None:
+    """The file holds each weight once; a runtime that folds constants computes the same bits."""
+    rng = np.random.default_rng(0)
+    weights = [rng.standard_normal(shape).astype(np.float32) for shape in ((64, 3, 5, 5), (32, 32, 3, 3), (40, 800))]
+    graph = onnx.parser.parse_graph("""
+        net (float[batch, 3, 5, 5] x, float[64, 3, 5, 5] w0, float[32, 32, 3, 3] w1, float[40, 800] w2)
+            => (float[batch, 40] logits)
+        { a = Conv <pads = [2, 2, 2, 2]> (x, w0)
+          r = Relu (a)
+          b = Conv <pads = [1, 1, 1, 1], group = 2> (r, w1)
+          f = Flatten (b)
+          logits = Gemm <transB = 1> (f, w2) }""")
+    del graph.input[1:]
+    for name, array in zip(("w0", "w1", "w2"), weights, strict=True):
+        graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+    source = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=8)
+    derived = compile_model(source, composite)
+    stored = compile_model(source, composite, store_weights=True)
+    bytes_of = [sum(len(t.raw_data) for t in proto.graph.initializer) for proto in (source, derived, stored)]
+    assert bytes_of[1] < 1.1 * bytes_of[0] < 1.8 * bytes_of[0] < bytes_of[2]
+    x = rng.standard_normal((2, 3, 5, 5)).astype(np.float32)
+    feeds = {"x": x, "target": np.eye(40, dtype=np.float32)[[3, 4]]}
+    got, expected = (Session(proto).run(feeds)["relevance.x"] for proto in (derived, stored))
+    np.testing.assert_array_equal(got, expected)
+
+
 def test_nodes_are_named_after_layer_and_rule() -> None:
     written = [node.name for node in compile_model(residual(), "epsilon_plus").graph.node]
     assert any(name.startswith("R/last/epsilon/") for name in written)

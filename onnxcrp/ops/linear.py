@@ -82,7 +82,20 @@ def _flipped(op: Graph, W: Value, group: int) -> Value:
         turned = np.flip(grouped, axis=tuple(range(3, 3 + len(kernel))))
         return np.ascontiguousarray(turned.reshape(group * per_group, out_channels // group, *kernel))
 
-    return op.derive(W, f"flipped/{group}", flip)
+    def nodes(W: Value) -> Value:
+        out_channels, per_group, *kernel = W.array.shape  # type: ignore[union-attr]
+        n = len(kernel)
+        if group > 1:
+            W = op.Reshape(W, [group, out_channels // group, per_group, *kernel])
+        rank = n + 2 + (group > 1)
+        W = op.Transpose(W, perm=[*range(rank - n - 2), rank - n - 1, rank - n - 2, *range(rank - n, rank)])
+        turned = [rank - n + axis for axis, k in enumerate(kernel) if k > 1]
+        if turned:
+            ends = op.constant(np.full(len(turned), np.iinfo(np.int64).min))
+            W = op.Slice(W, [-1] * len(turned), ends, turned, [-1] * len(turned))
+        return op.Reshape(W, [group * per_group, out_channels // group, *kernel]) if group > 1 else W
+
+    return op.derive(W, f"flipped/{group}", flip, nodes)
 
 
 # ---- ConvTranspose ---------------------------------------------------------------------------------------------------
@@ -126,7 +139,9 @@ def _linear(op: Graph, node: Node, a: Value, W: Value, b: Value) -> Value:
 
 
 def _turned(op: Graph, W: Value) -> Value:
-    return op.derive(W, "turned", lambda array: np.ascontiguousarray(array.T)) if W.is_constant else op.Transpose(W)
+    if not W.is_constant:
+        return op.Transpose(W)
+    return op.derive(W, "turned", lambda array: np.ascontiguousarray(array.T), lambda W: op.Transpose(W, perm=[1, 0]))
 
 
 def _linear_ones(op: Graph, node: Node) -> Ones:
