@@ -19,7 +19,7 @@ import onnx_graphsurgeon as gs
 
 from onnxcrp.composite import Composite, load
 from onnxcrp.errors import CompositeError, QuestionError, UnsupportedError
-from onnxcrp.facts import Facts, dims
+from onnxcrp.facts import Facts, dims, rectifies
 from onnxcrp.graph import Graph, Value, positive
 from onnxcrp.lrp import RULES, Layer
 from onnxcrp.ops import OPS, Node, Parts
@@ -435,10 +435,13 @@ class _Writer:
         """Whether R = 0 where the output is 0 implies the same at the input."""
         if rule in _KEEPS_ZEROS:
             return node.op not in ("Resize", "Tile", "Pad")
-        return rule == "pass" and node.op in ("Relu", "Mul", "Div", "Neg", "Cast", "LeakyRelu")
+        return rule == "pass" and (rectifies(node) or node.op in ("Mul", "Div", "Neg", "Cast", "LeakyRelu"))
 
     def _vanishes(self, node: gs.Node) -> bool:
-        """R = 0 wherever z <= 0: z is never negative, or goes only into ReLUs, whose relevance is 0 where they are."""
+        """R = 0 wherever z <= 0: z is never negative, or goes only into ReLUs, whose relevance is 0 where they are.
+
+        A ReLU6 is one of them: what counts is that it puts out 0 just where z <= 0.
+        """
         name = node.outputs[0].name
         if not self.vanishing.get(name, False):
             return False
@@ -447,7 +450,7 @@ class _Writer:
         readers = self.facts.readers.get(name, [])
         if name not in self.started:  # a seed of max(z, 0) is 0 there by itself
             readers = [r for r in readers if r.name in self.rules]
-        return bool(readers) and all(r.op == "Relu" and self.rules.get(r.name, ("pass",))[0] == "pass" for r in readers)
+        return bool(readers) and all(rectifies(r) and self.rules.get(r.name, ("pass",))[0] == "pass" for r in readers)
 
     # ---- layers as a user sees them: axis 0 counts samples -----------------------------------------------------
     def _place(self, tensor: str) -> tuple[int, int]:

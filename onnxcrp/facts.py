@@ -40,6 +40,16 @@ def _is_lookup(node: gs.Node) -> bool:
     return node.op == "Gather" and isinstance(node.inputs[0], gs.Constant)
 
 
+def rectifies(node: gs.Node) -> bool:
+    """Whether a node puts out 0 just where its input is <= 0, else something larger: Relu, ReLU6 (Clip from 0 up)."""
+    if node.op != "Clip" or len(node.inputs) < 2:
+        return node.op == "Relu"
+    low, high = node.inputs[1], node.inputs[2] if len(node.inputs) > 2 else None
+    from_zero = isinstance(low, gs.Constant) and low.values.size == 1 and float(low.values.reshape(())) == 0
+    upwards = high is None or high.is_empty() or (isinstance(high, gs.Constant) and bool((high.values > 0).all()))
+    return from_zero and upwards
+
+
 def dims(tensor: gs.Tensor) -> list[Any]:
     """Dimensions of a tensor, ints where static; errors: UnsupportedError where not even the rank is known."""
     if tensor.shape is None:

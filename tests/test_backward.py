@@ -365,7 +365,19 @@ def test_a_terminal_softmax_is_not_explained_unless_asked() -> None:
     near(kept["explained"], found["probabilities"])
 
 
-def test_gamma_needs_one_branch_only_where_that_is_exact() -> None:
+def clipped(model: onnx.ModelProto, low: float, high: float) -> onnx.ModelProto:
+    """Every Relu as a Clip."""
+    for name, bound in (("low", low), ("high", high)):
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.float32(bound), name))
+    for node in model.graph.node:
+        if node.op_type == "Relu":
+            node.op_type = "Clip"
+            node.input.extend(["low", "high"])
+    return model
+
+
+@pytest.mark.parametrize("source", [residual(), clipped(residual(), 0, 1000)], ids=["relu", "clip"])
+def test_gamma_needs_one_branch_only_where_that_is_exact(source: onnx.ModelProto) -> None:
     """Below a ReLU whose relevance vanishes with it, gamma's second half is not written; a seed of ones needs both."""
     from onnxcrp.composite import load
 
@@ -379,7 +391,7 @@ def test_gamma_needs_one_branch_only_where_that_is_exact() -> None:
             for line in gammas.lines
         ]
         composite = dataclasses.replace(gammas, lines=tuple(lines), seed=seed)
-        model = compile_model(residual(), composite)
+        model = compile_model(source, composite)
         written[seed] = model
         rng = np.random.default_rng(3)
         for _ in range(3):
