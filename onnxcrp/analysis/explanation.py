@@ -29,7 +29,7 @@ from onnxcrp.picture import Panel, number, panels, save
 from onnxcrp.preprocessing import Preprocessing, for_model
 from onnxcrp.question import negative
 from onnxcrp.relevance import shape_of
-from onnxcrp.result import ExplanationWarning, NegativeLogitWarning, Result, plain
+from onnxcrp.result import ExplanationWarning, NegativeLogitWarning, Result, as_drawn, plain
 
 if TYPE_CHECKING:
     import onnx
@@ -462,12 +462,7 @@ def _heatmap(result: Result, place: int, layout: str) -> tuple[np.ndarray | None
         return None, 0.0
     R = np.asarray(result.relevance[result.image])[0]
     R = R[place] if result.many else R
-    total = float(R.sum(dtype=np.float64))
-    if R.ndim == 3:
-        return R.sum(-1 if layout == "NHWC" else 0), total
-    if R.ndim == 2:
-        return (R.T if layout == "NLC" else R), total
-    return (R[None], total) if R.ndim == 1 else (None, total)
+    return as_drawn(R, layout), float(R.sum(dtype=np.float64))
 
 
 # ----------------------------------------------------------------------------------------------------------- concepts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -14,6 +15,7 @@ from onnxcrp.picture.text import HAIRLINE, INK, NOTE, PAPER, SOFT, font_for, fon
 
 SIGNAL_WIDTH, LEAD_HEIGHT = 960, 132
 SUPERSAMPLING = 3
+MARK, PALE = (230, 140, 30), (165, 178, 205)  # what points at a place, lines among many
 
 
 def signal_image(
@@ -67,10 +69,11 @@ def lead_image(
     R: np.ndarray | None,
     scale: Scale | None,
     size: tuple[int, int],
-    ticks: Sequence[float],
-    left: float,
+    ticks: Sequence[float] = (),
+    left: float = 0,
+    mask: np.ndarray | None = None,
 ) -> Image.Image:
-    """One lead, drawn large and reduced: smooth lines."""
+    """One lead, drawn large and reduced: smooth lines. mask: bool [L], outside it the line is pale."""
     s = SUPERSAMPLING
     wide, tall = size[0] * s, size[1] * s
     length = len(signal)
@@ -93,6 +96,8 @@ def lead_image(
     if R is not None and scale is not None:
         strength = scale.strength(R)[:, None] ** 0.5
         colors = np.array(INK) * (1 - strength) + pure(R, scale) * strength
+    if mask is not None:
+        colors[~mask] = HAIRLINE
     for at in range(length - 1):
         middle = ((x[at] + x[at + 1]) / 2, (y[at] + y[at + 1]) / 2)
         first, second = (tuple(int(c) for c in np.rint(colors[i])) for i in (at, at + 1))
@@ -102,6 +107,84 @@ def lead_image(
     if length == 1:
         draw.circle((x[0], y[0]), 2 * thick, tuple(int(c) for c in np.rint(colors[0])))
     return image.resize(size, Image.Resampling.BOX)
+
+
+def signal_tile(
+    signal: np.ndarray,
+    R: np.ndarray | None = None,
+    *,
+    mask: np.ndarray | None = None,
+    span_of: tuple[float, float] | None = None,
+    size: tuple[int, int],
+) -> Image.Image:
+    """A signal [leads, L] without axes, its leads one below the other in `size`, relevance [leads, L] on a scale of
+    its own; `span_of`: (start, stop) of what is marked below the curves.
+    """
+    scale = None if R is None else Scale.of(R)
+    wide, tall = size
+    count = len(signal)
+    image = Image.new("RGB", size, PAPER)
+    edges = [round(tall * row / count) for row in range(count + 1)]
+    for row, (top, bottom) in enumerate(itertools.pairwise(edges)):
+        R_row, mask_row = (None if each is None else each[row] for each in (R, mask))
+        image.paste(lead_image(signal[row], R_row, scale, (wide, bottom - top), mask=mask_row), (0, top))
+    draw = ImageDraw.Draw(image)
+    if span_of is not None:
+        start, stop = (edge * wide / signal.shape[1] for edge in span_of)
+        draw.rectangle((start, tall - 5, stop, tall - 2), fill=MARK)
+    draw.rectangle((0, 0, wide - 1, tall - 1), outline=HAIRLINE)
+    return image
+
+
+def pieces_image(
+    pieces: Sequence[tuple[np.ndarray, np.ndarray]],
+    *,
+    size: tuple[int, int],
+    rate: float | None = None,
+    leads: Sequence[str] = (),
+) -> Image.Image:
+    """Pieces of signals over each other: (time in samples from where they are aligned [n], values [leads, n]) each.
+
+    The darkest line is their mean, drawn where at least half of them are.
+    """
+    s, font = SUPERSAMPLING, font_of(NOTE)
+    count = len(pieces[0][1])
+    low_t, high_t = min(t.min() for t, _ in pieces), max(t.max() for t, _ in pieces)
+    wide, tall = size[0], size[1] - 12 - 2 * line_height(font)
+    image = Image.new("RGB", size, PAPER)
+    grid = np.arange(np.ceil(low_t), np.floor(high_t) + 1)
+    for row in range(count):
+        top, bottom = tall * row // count, tall * (row + 1) // count
+        low, high = span(np.concatenate([values[row] for _, values in pieces]))
+        box = (wide * s, (bottom - top) * s)
+        part = Image.new("RGB", box, PAPER)
+        draw = ImageDraw.Draw(part)
+
+        def points(t: np.ndarray, values: np.ndarray) -> list[tuple[float, float]]:
+            x = (t - low_t) / max(high_t - low_t, 1) * (box[0] - 1)  # noqa: B023
+            return [(a, height_of(b, low, high, box[1])) for a, b in zip(x, values, strict=True)]  # noqa: B023
+
+        zero = (0 - low_t) / max(high_t - low_t, 1) * (box[0] - 1)
+        draw.line((zero, 0, zero, box[1]), MARK, s)
+        for t, values in pieces:
+            draw.line(points(t, values[row]), PALE, 2 * s, joint="curve")
+        known = [np.interp(grid, t, values[row], left=np.nan, right=np.nan) for t, values in pieces]
+        there = np.isfinite(known).sum(0) * 2 >= len(pieces)
+        if there.sum() > 1:
+            draw.line(points(grid[there], np.nanmean(np.array(known)[:, there], 0)), INK, 3 * s, joint="curve")
+        image.paste(part.resize((wide, bottom - top), Image.Resampling.BOX), (0, top))
+        ImageDraw.Draw(image).rectangle((0, top, wide - 1, bottom - 1), outline=HAIRLINE)
+        if row < len(leads):
+            ImageDraw.Draw(image).text((8, top + 4), leads[row], SOFT, font)
+    draw = ImageDraw.Draw(image)
+    for tick in ticks_of(low_t / (rate or 1), high_t / (rate or 1), 6):
+        x = (tick * (rate or 1) - low_t) / max(high_t - low_t, 1) * (wide - 1)
+        draw.line((x, tall, x, tall + 4), SOFT)
+        text = plain(tick)
+        draw.text((min(max(x - font.getlength(text) / 2, 0), wide - font.getlength(text)), tall + 6), text, SOFT, font)
+    unit = f"{'seconds' if rate else 'samples'} from the strongest neuron"
+    draw.text(((wide - font.getlength(unit)) / 2, tall + 8 + line_height(font)), unit, SOFT, font)
+    return image
 
 
 def pure(R: np.ndarray, scale: Scale) -> np.ndarray:
