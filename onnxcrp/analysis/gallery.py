@@ -29,9 +29,11 @@ CRITERIA = {"relmax": "RelMax", "actmax": "ActMax"}
 SIGNAL_TILE = (216, 92)
 PIECES = (420, 300)  # of signal pieces over each other
 MOST = 24  # concepts in one picture
-COLORS = "Heatmaps: red speaks for the concept, blue against it, each on a scale of its own. "
-BOXES = "Orange: what the concept's strongest neuron sees, its receptive field, to which crops are cut. "
+SCORES = "Above each sample the concept's share of its layer's total there."
+COLORS = "Heatmaps: red speaks for the concept, blue against it, each on a scale of its own."
+BOXES = "Orange: the receptive field of the concept's strongest neuron, to which crops are cut."
 MASKS = "Masked: bright where the blurred heatmap exceeds 40 % of its maximum."
+PIECES_SAID = "Lines over each other: the receptive fields of the strongest neurons (orange), dark their mean."
 
 
 def parts_for(styles: Sequence[str]) -> tuple[str, ...]:
@@ -47,30 +49,37 @@ def figure(index: Index, concepts: Sequence[ReferenceSamples], styles: Sequence[
     if len(concepts) > MOST:
         raise InputError(f"{len(concepts)} concepts in one picture", hint=f"at most {MOST}: draw several")
     groups = [group(index, found, styles) for found in concepts]
-    return gallery(groups, foot=legend(styles))
+    signals = any(each.signal is not None for found in concepts for each in found.samples)
+    return gallery(groups, foot=legend(index, styles, signals=signals))
 
 
-def legend(styles: Sequence[str]) -> str:
-    """What the colours of these styles mean."""
-    boxes = BOXES if {"full", "crop"} & set(styles) else ""
-    return (COLORS if "heatmap" in styles else "") + boxes + (MASKS if "masked" in styles else "")
+def legend(index: Index, styles: Sequence[str], *, signals: bool = False, heatmaps: str = COLORS) -> str:
+    """What figures and colours of these styles mean; `heatmaps`: what is said of them, where there are any."""
+    words = [SCORES] if index.manifest["question"]["normalize"] else []
+    words += [heatmaps] if "heatmap" in styles or heatmaps != COLORS else []
+    if {"full", "crop"} & set(styles):
+        words.append(PIECES_SAID if signals and "crop" in styles else BOXES)
+    return " ".join([*words, MASKS] if "masked" in styles else words)
 
 
 def group(index: Index, found: ReferenceSamples, styles: Sequence[str]) -> Group:
     """A concept's reference samples, a strip for each style; pieces of signals over each other to their left."""
     of = f", of {short(index.class_name(found.cls))}" if found.cls is not None else ""
+    heading = concept_name(found.layer, found.channel)
     note = f"{CRITERIA[found.criterion]}, {found.aggregate}{of}"
     if not found.samples:
-        return Group(heading(found), f"{note}: no samples")
+        return Group(heading, f"{note}: no samples")
     if served := serves(index, found.layer, found.channel):
         note += f"; serves most: {served}"
+    if max(each.score for each in found.samples) <= 0:
+        note += "; no sample uses it" if found.criterion == "relmax" else "; no sample excites it"
     pieces = pieces_of(index, found) if "crop" in styles else None
-    return Group(heading(found), note, captions(index, found), strips(found, styles), lead=pieces)
+    return Group(heading, note, captions(index, found), strips(found, styles), lead=pieces)
 
 
-def heading(found: ReferenceSamples) -> str:
-    """The concept's name."""
-    return f"{found.layer}, channel {found.channel}"
+def concept_name(layer: str, channel: int) -> str:
+    """`features.28, channel 102`; `layer 6, channel 3` where the layer's name is a number."""
+    return f"{'layer ' if layer[:1].isdigit() else ''}{layer}, channel {channel}"
 
 
 def serves(index: Index, layer: str, channel: int, k: int = 3) -> str:

@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 SIDE = 224  # of the input and its heatmap
 LEAD = 174  # of a concept's heatmap
 SIGNAL = (560, 150)
+COLORS = (
+    "Heatmaps: red speaks for the class, blue against it, each on a scale of its own. Beside each channel its share "
+    "R_c / sum |R_c| of the layer's relevance for the class, the bars relative to the largest."
+)
 OVERLAID = (330, 190)  # of signal pieces over each other
 
 
@@ -129,13 +133,7 @@ def figure(index: Index, found: Glocal, styles: Sequence[str]) -> Image.Image:
     most = max((abs(used.concept.share) for used in found.concepts), default=0) or 1.0
     groups = [first, *(_group(index, explanation, used, styles, most) for used in found.concepts)]
     signal = explanation.sample.display is None
-    foot = (
-        "Heatmaps: red speaks for the class, blue against it, each on a scale of its own. Beside the channel its share "
-        "R_c / sum |R_c| of the layer's relevance, above each reference sample its share there. "
-    )
-    if signal:
-        foot += "Right: what the strongest neurons of the reference samples see, over each other; dark: their mean."
-    return gallery(groups, foot=foot + drawing.legend(styles).replace(drawing.COLORS, ""))
+    return gallery(groups, foot=drawing.legend(index, styles, signals=signal, heatmaps=COLORS))
 
 
 def _views(index: Index, explanation: Explanation, answer: Answer) -> list[Image.Image]:
@@ -166,7 +164,7 @@ def _group(index: Index, explanation: Explanation, used: Used, styles: Sequence[
     sample, concept = explanation.sample, used.concept
     heatmap = used.answer.heatmap
     assert heatmap is not None
-    title = f"{concept.layer}, channel {concept.index}: {concept.share:+.1%}"
+    title = f"{drawing.concept_name(concept.layer, concept.index)}: {concept.share:+.1%}"
     served = drawing.serves(index, concept.layer, concept.index)
     note = f"serves most: {served}" if served else ""
     references = used.references
