@@ -31,7 +31,8 @@ PIECES = (420, 300)  # of signal pieces over each other
 MOST = 24  # concepts in one picture
 SCORES = "Above each sample the concept's share of its layer's total there."
 COLORS = "Heatmaps: red speaks for the concept, blue against it, each on a scale of its own."
-BOXES = "Orange: the receptive field of the concept's strongest neuron, to which crops are cut."
+BOXES = "Orange: the receptive field of the concept's strongest neuron."
+CROPS = "Crops: the receptive field of the concept's strongest neuron."
 MASKS = "Masked: bright where the blurred heatmap exceeds 40 % of its maximum."
 PIECES_SAID = "Lines over each other: the receptive fields of the strongest neurons (orange), dark their mean."
 
@@ -58,7 +59,7 @@ def legend(index: Index, styles: Sequence[str], *, signals: bool = False, heatma
     words = [SCORES] if index.manifest["question"]["normalize"] else []
     words += [heatmaps] if "heatmap" in styles or heatmaps != COLORS else []
     if {"full", "crop"} & set(styles):
-        words.append(PIECES_SAID if signals and "crop" in styles else BOXES)
+        words.append(PIECES_SAID if signals and "crop" in styles else BOXES if "full" in styles else CROPS)
     return " ".join([*words, MASKS] if "masked" in styles else words)
 
 
@@ -124,12 +125,11 @@ def strips(found: ReferenceSamples, styles: Sequence[str]) -> list[Strip]:
     wanted = [style for style in styles if style != "crop" or found.samples[0].picture is not None]
     labels = wanted if len(wanted) > 1 else [""] * len(wanted)
     return [
-        Strip(label, [tile(each, style, outlined="crop" in styles or each.picture is None) for each in found.samples])
-        for label, style in zip(labels, wanted, strict=True)
+        Strip(label, [tile(each, style) for each in found.samples]) for label, style in zip(labels, wanted, strict=True)
     ]
 
 
-def tile(each: Reference, style: str, *, outlined: bool = True, side: int = TILE) -> Image.Image:
+def tile(each: Reference, style: str, *, side: int = TILE) -> Image.Image:
     """One sample in one style; raises InputError where the input is neither a picture nor a signal."""
     if each.picture is not None:
         if style == "heatmap":
@@ -140,7 +140,7 @@ def tile(each: Reference, style: str, *, outlined: bool = True, side: int = TILE
             return picture_tile(dimmed(each.picture, each.mask), side=side)
         if style == "crop":
             return picture_tile(each.picture[each.box], side=side)
-        return picture_tile(each.picture, box=each.box if outlined and not _everything(each) else (), side=side)
+        return picture_tile(each.picture, box=() if _everything(each) else each.box, side=side)
     if each.signal is None:
         raise InputError(f"{each.name}: an input {list(each.x.shape[1:])} cannot be drawn")
     span = None if each.field is None else (each.box[0].start, each.box[0].stop)

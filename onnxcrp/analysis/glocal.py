@@ -6,7 +6,7 @@ Local (a heatmap for each concept) and global (its reference samples) at once: "
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -81,16 +81,19 @@ def glocal(
     criterion: str = "relmax",
     aggregate: str = "sum",
     same_class: bool = False,
+    start: str = "activation",
     styles: Sequence[str] = ("masked",),
 ) -> Glocal:
     """The most relevant concepts of each (layer, how many) for one target, with `k` reference samples each.
 
     `explainer`: as `index.explainer(model)` gives it. `same_class`: reference samples of the explained class alone.
+    `start`: where their heatmaps begin.
     Raises QuestionError for layers that the index lacks and for a target that is not one class, InputError.
     """
     for layer, _ in layers:
         index.layer(layer)
     names = ClassNames(index.manifest["class_names"], index.manifest["label_offset"])
+    sample = replace(sample, input=sample.input or next(iter(explainer.inputs)))  # one of the index has no name
     questions = Questions(targets=[target], top_concepts=layers, by=by, bypass=index.manifest["bypass"])
     found = next(explain(explainer, [sample], questions, layout=index.preprocessing.layout, names=names))
     if len({answer.name for answer in found.answers}) > 1:
@@ -109,6 +112,7 @@ def glocal(
             aggregate,
             cls=cls if same_class else None,
             k=k,
+            start=start,
             parts=drawing.parts_for(styles),
             explainer=explainer,
         )

@@ -7,8 +7,6 @@ import click
 from onnxcrp.cli import options
 from onnxcrp.cli.output import columns, heading, steps, write_json, wrote
 
-STYLES = ("full", "crop", "heatmap", "masked")
-
 
 @click.command(
     "concepts",
@@ -32,14 +30,16 @@ STYLES = ("full", "crop", "heatmap", "masked")
 @click.option("--k", type=click.IntRange(1), default=6, show_default=True, help="Reference samples of each concept.")
 @options.criterion
 @click.option("--same-class", is_flag=True, help="Reference samples of the explained class only.")
-@click.option("--style", "styles", multiple=True, type=click.Choice(STYLES),
-              help="How reference samples are drawn. Repeatable.  [default: masked; crop for signals]")  # fmt: skip
+@options.start
+@options.styles
 @click.option("-o", "--out", type=click.Path(dir_okay=False), help="The picture, .png or another that Pillow writes.")
 @click.option("--data", multiple=True, metavar="[NAME=]PATH", help="Where the index' data lies now. Repeatable.")
 @options.runtime
 @options.as_json
 @options.quiet
+@click.pass_context
 def command(
+    ctx: click.Context,
     model: str,
     sample: str,
     index: str,
@@ -51,6 +51,7 @@ def command(
     criterion: str,
     aggregate: str,
     same_class: bool,
+    start: str,
     styles: tuple[str, ...],
     out: str | None,
     data: tuple[str, ...],
@@ -62,7 +63,8 @@ def command(
 ) -> None:
     """Why MODEL decides so on INPUT, in concepts: the channels of a layer with the largest share of the relevance,
     where in the input each lies, and the reference samples that show what it is, side by side in one picture. The
-    composite and the preprocessing are those of the index.
+    composite and the preprocessing are those of the index. By default reference samples are
+    drawn masked, and pieces of signals over each other.
     """
     from onnxcrp.analysis import gallery, glocal
     from onnxcrp.analysis.explanation import ClassNames, keep_inputs, read_samples
@@ -70,7 +72,9 @@ def command(
     from onnxcrp.index import Index
     from onnxcrp.picture import save, writable
 
-    if out is not None:
+    if out is None:
+        options.refuse_idle(ctx, "start", "styles", "data", without="-o")
+    else:
         writable(out)
         keep_inputs(out, model, [sample])
     with steps(quiet=quiet) as step:
@@ -101,6 +105,7 @@ def command(
             criterion=criterion,
             aggregate=aggregate,
             same_class=same_class,
+            start=start,
             styles=chosen if out is not None else (),
         )
         if out is not None:

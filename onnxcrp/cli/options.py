@@ -241,6 +241,29 @@ def criterion(command: F) -> F:
     )(command)
 
 
+def start(command: F) -> F:
+    """--start: how the heatmaps of reference samples begin."""
+    return click.option(
+        "--start",
+        type=click.Choice(["activation", "relevance"]),
+        default="activation",
+        show_default=True,
+        help="Heatmaps of reference samples begin at the concept's activation, or at its relevance for their class.",
+    )(command)
+
+
+def styles(command: F) -> F:
+    """--style: how reference samples are drawn."""
+    return click.option(
+        "--style",
+        "styles",
+        multiple=True,
+        type=click.Choice(["full", "crop", "heatmap", "masked"]),
+        help="Reference samples whole; cropped to what the strongest neuron sees; the concept's heatmap; dark where"
+        " that is weak. Repeatable.",
+    )(command)
+
+
 def of_class(command: F) -> F:
     """--class: one class only."""
     return click.option("--class", "cls", metavar="CLASS", help="Of this class, a number or a name.")(command)
@@ -274,9 +297,9 @@ def _silence(ctx: click.Context, param: click.Parameter, value: bool) -> bool:
 
 
 def given(ctx: click.Context, *names: str) -> list[str]:
-    """Which of these options were written on the command line, as `--name`."""
-    written = [name for name in names if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE]
-    return [f"--{name.replace('_', '-')}" for name in written]
+    """Which of these parameters were written on the command line, as the options that they are."""
+    written = [p for p in ctx.command.params if ctx.get_parameter_source(p.name or "") is ParameterSource.COMMANDLINE]
+    return [max(p.opts, key=len) for name in names for p in written if p.name == name]
 
 
 def refuse_idle(ctx: click.Context, *names: str, without: str) -> None:

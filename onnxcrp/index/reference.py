@@ -233,20 +233,15 @@ def bounds(field: np.ndarray) -> tuple[slice, ...]:
 
 
 def center_of(box: slice, middle: slice, length: int, position: int, places: int) -> float:
-    """The middle of a neuron's field along a signal, ends that the signal cuts off restored.
+    """The middle of a neuron's field along a signal, what its ends (or padding) cut off restored.
 
     `middle`: the field of the neuron in the middle of the layer, which tells how wide fields are; where that is cut
     itself, all that is known is how far along its layer the neuron is.
     """
-    width = middle.stop - middle.start
-    whole = middle.start > 0 and middle.stop < length
-    if box.start > 0 and box.stop < length:
-        return (box.start + box.stop) / 2
-    if whole and box.stop < length:
-        return box.stop - width / 2
-    if whole and box.start > 0:
-        return box.start + width / 2
-    return (position + 0.5) * length / places
+    if middle.start == 0 or middle.stop == length:
+        return (position + 0.5) * length / places
+    half = (middle.stop - middle.start) / 2
+    return box.stop - half if position < places // 2 else box.start + half
 
 
 def mask_of(heatmap: np.ndarray, *, signal: bool = False, threshold: float = THRESHOLD) -> np.ndarray:

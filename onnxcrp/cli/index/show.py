@@ -9,8 +9,6 @@ import click
 from onnxcrp.cli import options
 from onnxcrp.cli.output import columns, heading, progress, write_json, wrote
 
-STYLES = ("full", "crop", "heatmap", "masked")
-
 
 @click.command(
     "show",
@@ -28,11 +26,8 @@ STYLES = ("full", "crop", "heatmap", "masked")
 @options.criterion
 @options.of_class
 @click.option("--k", type=click.IntRange(1), default=8, show_default=True, help="Reference samples, the best first.")
-@click.option("--start", type=click.Choice(["activation", "relevance"]), default="activation", show_default=True,
-              help="Heatmaps begin at the concept's activation, or its relevance for the sample's class.")  # fmt: skip
-@click.option("--style", "styles", multiple=True, type=click.Choice(STYLES),
-              help="The whole sample; cropped to what the strongest neuron sees; the concept's heatmap; dark where"
-              " that is weak. Repeatable.  [default: all four]")  # fmt: skip
+@options.start
+@options.styles
 @click.option("-o", "--out", type=click.Path(dir_okay=False), help="The picture, .png or another that Pillow writes.")
 @options.moved
 @options.runtime
@@ -72,7 +67,9 @@ def command(
     asked: dict[str, Any] = {"criterion": criterion, "aggregate": aggregate, "k": k}
     asked["cls"] = None if cls is None else opened.class_number(cls)
     if out is None:
-        options.refuse_idle(ctx, "start", "style", "model", "data", "provider", "threads", "memory_limit", without="-o")
+        options.refuse_idle(
+            ctx, "start", "styles", "model", "data", "providers", "threads", "memory_limit", without="-o"
+        )
     else:
         writable(out)
     tables = {channel: opened.top(layer, channel, **asked) for channel in channels}
@@ -86,7 +83,7 @@ def command(
             columns(gallery.table(opened, frame))
     if out is None:
         return
-    chosen = styles or STYLES
+    chosen = styles or tuple(gallery.STYLES)
     if data:
         opened.open_data(list(data))
     explainer = opened.explainer(model, providers=list(providers) or None, threads=threads, memory_limit=memory_limit)
