@@ -82,6 +82,19 @@ class Explainer:
         from onnxcrp.composite import load
         from onnxcrp.facts import Facts
 
+        self._options: dict[str, Any] = {
+            "providers": providers,
+            "output": output,
+            "inputs": inputs,
+            "keep_head": keep_head,
+            "memory_limit": memory_limit,
+            "cache_limit": cache_limit,
+            "threads": threads,
+            "preprocessing": preprocessing,
+            "low": low,
+            "high": high,
+            "flip_convolutions": flip_convolutions,
+        }
         self.canonical: Canonical = model if isinstance(model, Canonical) else canonize(model)
         self.facts: Facts = Facts(self.canonical, output=output, inputs=inputs, keep_head=keep_head)
         self.composite: Composite = _bounded(load(composite), self.facts, preprocessing, low, high)
@@ -196,6 +209,10 @@ class Explainer:
             "shares_forward": facts.shares_forward,
             "batch_breaks": list(facts.batch_breaks),
         }
+
+    def under(self, composite: str | os.PathLike[str] | Composite) -> Explainer:
+        """The same model with the same options under another composite; raises CompositeError."""
+        return Explainer(self.canonical, composite, **self._options)
 
     # --- asking -------------------------------------------------------------------------------------------------------
 

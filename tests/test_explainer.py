@@ -11,6 +11,7 @@ import sys
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -785,3 +786,14 @@ def test_the_model_itself_is_not_changed(image):
     ask(Explainer(model), image, "top", conditions=MANY)
     assert model.SerializeToString(deterministic=True) == before
     assert onnx.ModelProto.FromString(before) == model
+
+
+def test_another_composite_keeps_model_and_options():
+    net = Path(__file__).parent.parent / "fixtures/digits/net.onnx"
+    explainer = Explainer(net, "epsilon", output="logits", threads=1, memory_limit=10**6)
+    other = explainer.under("flat")
+    assert other.canonical is explainer.canonical
+    assert (other.composite.name, other.memory_limit) == ("flat", 10**6)
+    x = np.random.default_rng(0).normal(0, 1, (1, 1, 32, 32)).astype(np.float32)
+    expected = Explainer(net, "flat").explain(x, 3)
+    np.testing.assert_array_equal(other.explain(x, 3).heatmap, expected.heatmap)

@@ -47,11 +47,16 @@ def parts_for(styles: Sequence[str]) -> tuple[str, ...]:
 
 def figure(index: Index, concepts: Sequence[ReferenceSamples], styles: Sequence[str]) -> Image.Image:
     """One group of strips for each concept; raises InputError for what cannot be drawn, or too much of it."""
-    if len(concepts) > MOST:
-        raise InputError(f"{len(concepts)} concepts in one picture", hint=f"at most {MOST}: draw several")
+    check_count(len(concepts))
     groups = [group(index, found, styles) for found in concepts]
     signals = any(each.signal is not None for found in concepts for each in found.samples)
     return gallery(groups, foot=legend(index, styles, signals=signals))
+
+
+def check_count(concepts: int) -> None:
+    """Raises InputError for more concepts than a picture holds."""
+    if concepts > MOST:
+        raise InputError(f"{concepts} concepts in one picture", hint=f"at most {MOST}: draw several")
 
 
 def legend(index: Index, styles: Sequence[str], *, signals: bool = False, heatmaps: str = COLORS) -> str:

@@ -95,9 +95,7 @@ class Views:
     @cached_property
     def flat(self) -> Explainer:
         """The same model under the preset `flat`."""
-        from onnxcrp.explainer import Explainer
-
-        return Explainer(self.explainer.canonical, "flat", output=self.explainer.facts.output)
+        return self.explainer.under("flat")
 
     def of(
         self,

@@ -72,6 +72,7 @@ def command(
         )
     else:
         writable(out)
+        gallery.check_count(len(channels))
     tables = {channel: opened.top(layer, channel, **asked) for channel in channels}
     if as_json:
         write_json([{"layer": layer, "channel": c, "samples": f.to_dict("records")} for c, f in tables.items()])
