@@ -94,6 +94,16 @@ def test_groups_hold_their_tiles_in_order():
     assert rows.start > places[2][0].stop
 
 
+def test_more_columns_than_fit_go_on_below():
+    colors = [(200, shade, 30) for shade in range(0, 240, 12)]
+    tiles = [Image.new("RGB", (200, 40), color) for color in colors]
+    image = gallery([Group("many", strips=[Strip("a", tiles)])])
+    assert image.width < 2300
+    places = [boxes(image, color) for color in colors]
+    assert [columns.start for _, columns in places[:10]] == [columns.start for _, columns in places[10:]]
+    assert places[10][0].start == places[0][0].stop + 8
+
+
 def test_signals_are_marked_and_masked():
     signal = np.sin(np.linspace(0, 20, 100))[None]
     tile = signal_tile(signal, span_of=(25, 50), size=(200, 80))

@@ -61,6 +61,21 @@ def share_out(R: np.ndarray) -> np.ndarray:
     return sent
 
 
+def test_a_dense_neuron_sees_all_that_leads_to_it(tmp_path):
+    with np.load(FIXTURES / "ecg/samples.npz") as stored:
+        data = stored["signals"], stored["labels"]
+    index = build(FIXTURES / "ecg/net.onnx", data, tmp_path / "index", layers="11", **SMALL)
+    index.open_data(data)
+    assert index.layers["11"].shape == (64,)
+    channel = int(index.concepts_used(2, "11")["channel"].iloc[0])
+    for each in index.reference_samples("11", channel, k=3).samples:
+        assert each.position == ()
+        # one average of 7 of the 12 pooled values: 7 <- 15 <- 21 <- 43 <- 49 <- 99 <- 105 samples, by pools of 3 in
+        # steps of 2 and kernels of 7
+        assert each.box == (slice(0, 105),)
+        assert each.field.sum() == pytest.approx(1, rel=1e-4)  # flat conserves
+
+
 @pytest.mark.parametrize("place", [(0, 0), (2, 3), (5, 1)])
 def test_a_field_is_shared_out_evenly_layer_by_layer(tiny, place):
     R = np.zeros((6, 6))

@@ -61,7 +61,8 @@ def check_count(concepts: int) -> None:
 
 def legend(index: Index, styles: Sequence[str], *, signals: bool = False, heatmaps: str = COLORS) -> str:
     """What figures and colours of these styles mean; `heatmaps`: what is said of them, where there are any."""
-    words = [SCORES] if index.manifest["question"]["normalize"] else []
+    captioned = not signals or any(style != "crop" for style in styles)
+    words = [SCORES] if captioned and index.manifest["question"]["normalize"] else []
     words += [heatmaps] if "heatmap" in styles or heatmaps != COLORS else []
     if {"full", "crop"} & set(styles):
         words.append(PIECES_SAID if signals and "crop" in styles else BOXES if "full" in styles else CROPS)

@@ -174,7 +174,8 @@ class Views:
         """A mask [1, ...] of the layer's shape that is 1 at one neuron."""
         row = self.index.layer(layer)
         mask = np.zeros((1, *row.shape), np.float32)
-        mask[(0, *np.insert(self.index.unravel(layer, position), row.axis, channel))] = 1
+        place = [int(at) for at in self.index.unravel(layer, position)]
+        mask[(0, *place[: row.axis], channel, *place[row.axis :])] = 1
         return mask
 
     def _center(self, layer: str, channel: int, sample: Sample, position: int) -> float | None:

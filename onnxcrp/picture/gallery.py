@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from onnxcrp.picture.colors import Scale, colormap, overlay_at, resized
-from onnxcrp.picture.panels import MARGIN
+from onnxcrp.picture.panels import MARGIN, WIDEST
 from onnxcrp.picture.signals import MARK
 from onnxcrp.picture.text import HAIRLINE, INK, NOTE, PAPER, SOFT, TITLE, paragraph
 
@@ -116,9 +117,9 @@ def gallery(groups: Sequence[Group], *, title: str = "", foot: str = "") -> Imag
 
 def _group(group: Group) -> Image.Image:
     under = max((_caption(each, TILE).height for each in (*group.captions, group.lead_caption) if each), default=0)
-    body = _strips(group, under)
     lead = _lead(group, under)
     left = lead.width + 2 * NEAR if lead else 0
+    body = _strips(group, under, WIDEST - left)
     wide = max(left + (body.width if body else 0), 420)
     heading = paragraph(group.title, HEADING, INK, wide - (BAR_WIDTH + NEAR if group.bar is not None else 0), most=1)
     note = paragraph(group.note, NOTE, SOFT, wide) if group.note else None
@@ -163,28 +164,38 @@ def _lead(group: Group, top: int) -> Image.Image | None:
     return image
 
 
-def _strips(group: Group, top: int) -> Image.Image | None:
-    """The strips, one below the other, below `top` pixels for the captions of their columns."""
+def _strips(group: Group, top: int, most: int) -> Image.Image | None:
+    """The strips, one below the other, below `top` pixels for the captions of their columns.
+
+    Columns that would go beyond `most` pixels are continued below.
+    """
     strips = [strip for strip in group.strips if strip.tiles]
     if not strips:
         return None
     gutter = GUTTER if any(strip.label for strip in strips) else 0
-    columns = max(len(strip.tiles) for strip in strips)
     width = max(tile.width for strip in strips for tile in strip.tiles)
+    columns = max(len(strip.tiles) for strip in strips)
+    lines = math.ceil(columns / max(1, (most - gutter + NEAR) // (width + NEAR)))
+    per_line = math.ceil(columns / lines)
     heights = [max(tile.height for tile in strip.tiles) for strip in strips]
-    image = Image.new(
-        "RGB", (gutter + columns * (width + NEAR) - NEAR, top + sum(heights) + NEAR * (len(strips) - 1)), PAPER
-    )
+    tall = top + sum(heights) + NEAR * (len(strips) - 1)
+    image = Image.new("RGB", (gutter + per_line * (width + NEAR) - NEAR, lines * (tall + NEAR) - NEAR), PAPER)
+
+    def place(column: int) -> tuple[int, int]:
+        return gutter + column % per_line * (width + NEAR), column // per_line * (tall + NEAR)
+
     for column, caption in enumerate(group.captions[:columns]):
-        image.paste(_caption(caption, width), (gutter + column * (width + NEAR), 0))
-    y = top
-    for strip, tall in zip(strips, heights, strict=True):
-        if strip.label:
-            words = paragraph(strip.label, CAPTION, SOFT, gutter - NEAR, most=4)
-            image.paste(words, (0, y + max((tall - words.height) // 2, 0)))
+        image.paste(_caption(caption, width), place(column))
+    for number, strip in enumerate(strips):
+        below = top + sum(heights[:number]) + NEAR * number
+        words = paragraph(strip.label, CAPTION, SOFT, gutter - NEAR, most=4) if strip.label else None
+        for line in range(lines):
+            if words:
+                middle = max((heights[number] - words.height) // 2, 0)
+                image.paste(words, (0, line * (tall + NEAR) + below + middle))
         for column, tile in enumerate(strip.tiles):
-            image.paste(tile, (gutter + column * (width + NEAR), y))
-        y += tall + NEAR
+            x, y = place(column)
+            image.paste(tile, (x, y + below))
     return image
 
 
