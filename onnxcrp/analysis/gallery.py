@@ -49,7 +49,7 @@ def figure(index: Index, concepts: Sequence[ReferenceSamples], styles: Sequence[
     """One group of strips for each concept; raises InputError for what cannot be drawn, or too much of it."""
     check_count(len(concepts))
     groups = [group(index, found, styles) for found in concepts]
-    signals = any(each.signal is not None for found in concepts for each in found.samples)
+    signals = any(each.center is not None for found in concepts for each in found.samples)
     return gallery(groups, foot=legend(index, styles, signals=signals))
 
 

@@ -179,11 +179,11 @@ class Views:
         return mask
 
     def _center(self, layer: str, channel: int, sample: Sample, position: int) -> float | None:
-        """Where along a signal a neuron looks: the middle of its field as if the signal went on beyond its ends."""
-        if sample.x.ndim > 3:
-            return None
+        """Where along a signal a neuron looks, the middle of its field; None if the layer has no positions."""
         row = self.index.layer(layer)
         places = math.prod(row.shape) // row.channels
+        if sample.x.ndim > 3 or places == 1:
+            return None
         field, middle = self.fields(layer, channel, sample.x, [position, places // 2])
         if field is None or middle is None:
             return None
