@@ -283,9 +283,7 @@ class _Writer:
             if self.start_from == "activation":
                 with op.scope("R", "seed", self.layer_name(tensor)):
                     z = self._float(tensor)
-                    readers = facts.readers.get(tensor, [])
-                    only_relu = bool(readers) and all(reader.op == "Relu" for reader in readers)
-                    seed = seed * (positive(z) if only_relu else z)
+                    seed = seed * (positive(z) if facts.only_relu(tensor) else z)
                 self.vanishing[tensor] = True
             else:
                 with op.scope("R", "seed", self.layer_name(tensor)):  # transposes want the layer's full size

@@ -197,6 +197,11 @@ class Facts:
                 below.update(t.name for t in node.outputs if t.name in above)
         return below
 
+    def only_relu(self, name: str) -> bool:
+        """Whether ReLU alone reads a tensor, so that nothing of it counts below zero."""
+        readers = self.readers.get(name, [])
+        return bool(readers) and all(reader.op == "Relu" for reader in readers)
+
     # ---- sign, depth -------------------------------------------------------------------------------------------
     @cached_property
     def nonnegative(self) -> set[str]:

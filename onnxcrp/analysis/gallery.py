@@ -76,6 +76,8 @@ def group(index: Index, found: ReferenceSamples, styles: Sequence[str]) -> Group
     note = f"{CRITERIA[found.criterion]}, {found.aggregate}{of}"
     if not found.samples:
         return Group(heading, f"{note}: no samples")
+    if {"heatmap", "masked"} & set(styles):
+        note += f", heatmaps from its {found.start}"
     if served := serves(index, found.layer, found.channel):
         note += f"; serves most: {served}"
     if max(each.score for each in found.samples) <= 0:
@@ -127,8 +129,12 @@ def score(index: Index, value: float) -> str:
 
 
 def strips(found: ReferenceSamples, styles: Sequence[str]) -> list[Strip]:
-    """A strip for each style; the crops of signals are drawn over each other instead, see `pieces_of`."""
-    wanted = [style for style in styles if style != "crop" or found.samples[0].picture is not None]
+    """A strip for each style; none for crops that show the full samples again.
+
+    The crops of signals are drawn over each other instead, see `pieces_of`.
+    """
+    skip = found.samples[0].picture is None or ("full" in styles and all(map(_everything, found.samples)))
+    wanted = [style for style in styles if style != "crop" or not skip]
     labels = wanted if len(wanted) > 1 else [""] * len(wanted)
     return [
         Strip(label, [tile(each, style) for each in found.samples]) for label, style in zip(labels, wanted, strict=True)

@@ -81,7 +81,7 @@ def glocal(
     criterion: str = "relmax",
     aggregate: str = "sum",
     same_class: bool = False,
-    start: str = "activation",
+    start: str | None = None,
     styles: Sequence[str] = ("masked",),
 ) -> Glocal:
     """The most relevant concepts of each (layer, how many) for one target, with `k` reference samples each.

@@ -51,7 +51,7 @@ def command(
     criterion: str,
     aggregate: str,
     same_class: bool,
-    start: str,
+    start: str | None,
     styles: tuple[str, ...],
     out: str | None,
     data: tuple[str, ...],

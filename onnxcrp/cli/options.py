@@ -246,9 +246,8 @@ def start(command: F) -> F:
     return click.option(
         "--start",
         type=click.Choice(["activation", "relevance"]),
-        default="activation",
-        show_default=True,
-        help="Heatmaps of reference samples begin at the concept's activation, or at its relevance for their class.",
+        help="Heatmaps of reference samples begin at the concept's activation, or at its relevance for their class."
+        "  [default: relevance for RelMax of layers that more than a ReLU reads, else activation]",
     )(command)
 
 

@@ -276,13 +276,14 @@ class Index:
         *,
         cls: int | None = None,
         k: int | None = 8,
-        start: str = "activation",
+        start: str | None = None,
         parts: Sequence[str] = ("field", "heatmap"),
         explainer: Explainer | None = None,
     ) -> ReferenceSamples:
         """The best `k` of `top`, read again, each with its receptive field, conditional heatmap and mask.
 
-        `start`: heatmaps begin at the concept's "activation", or at its "relevance" for the row's target. `parts`:
+        `start`: heatmaps begin at the concept's "activation", or at its "relevance" for the row's target; by default at
+        its relevance for RelMax where more than a ReLU reads the layer, so that negative activation counts. `parts`:
         "field" and "heatmap", each a run of the model. `explainer`: as `explainer()` gives it, which is also the
         default. Raises InputError where a sample cannot be read any more, QuestionError, and OnnxcrpError for another
         model.

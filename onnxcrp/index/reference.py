@@ -106,10 +106,11 @@ class Views:
         *,
         cls: int | None,
         k: int | None,
-        start: str,
+        start: str | None,
         parts: Sequence[str],
     ) -> ReferenceSamples:
         """See `Index.reference_samples`."""
+        start = start or self.usual_start(layer, criterion)
         if start not in STARTS:
             raise QuestionError(f"start is {start!r}", hint=f"one of {', '.join(STARTS)}")
         if unknown := set(parts) - set(PARTS):
@@ -146,6 +147,12 @@ class Views:
             )
         ]
         return ReferenceSamples(layer, channel, criterion, aggregate, cls, start, frame, found)
+
+    def usual_start(self, layer: str, criterion: str) -> str:
+        """Relevance for RelMax of a layer that more than a ReLU reads, as it may use negative activation; else it."""
+        facts = self.explainer.facts
+        rectified = facts.only_relu(facts.names.resolve(layer).outputs[0].name)
+        return "activation" if rectified or criterion == "actmax" else "relevance"
 
     def _picture(self, sample: Sample) -> np.ndarray | None:
         if sample.display is not None or sample.x.ndim != 4:

@@ -43,7 +43,7 @@ def command(
     aggregate: str,
     cls: str | None,
     k: int,
-    start: str,
+    start: str | None,
     styles: tuple[str, ...],
     out: str | None,
     model: str | None,
