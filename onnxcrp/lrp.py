@@ -14,24 +14,25 @@ Sources: Bach et al. 2015 (PLoS ONE 10(7)); Montavon et al. 2017 (Deep Taylor), 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from onnxcrp.errors import CompositeError
+from onnxcrp.errors import CompositeError, PluginError
 from onnxcrp.graph import Graph, Value, negative, positive, stabilize
 from onnxcrp.ops.attention import Normalization, softmax_axis
 from onnxcrp.ops.linear import batchnorm_scale
 from onnxcrp.ops.normalization import LocalResponse
-from onnxcrp.ops.registry import OPS, Node, Op, Parts
+from onnxcrp.ops.registry import FAMILIES, Node, Op, Parts, about
 
 LINEAR = frozenset({"convolution", "dense"})
 SUMMING = frozenset({"average", "sum"})
 ELEMENTWISE = frozenset({"activation", "scale", "normalization"})
 BILINEAR = frozenset({"product", "matmul"})
-EVERY = frozenset({*LINEAR, *SUMMING, *ELEMENTWISE, *BILINEAR, "max", "lrn", "softmax", "layernorm"})
+OTHER = frozenset({"other"})  # operators of which only the transpose is known
+EVERY = frozenset({*LINEAR, *SUMMING, *ELEMENTWISE, *BILINEAR, *OTHER, "max", "lrn", "softmax", "layernorm"})
 
 
 @dataclass(frozen=True)
@@ -52,17 +53,23 @@ class Rule:
 RULES: dict[str, Rule] = {}
 
 
-def rule(families: frozenset[str], name: str | None = None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register a rule under its function's name."""
+def rule(families: Iterable[str], name: str | None = None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a rule under its function's name for these op families; its parameters are keyword-only numbers.
+
+    Errors: PluginError if there is a rule of that name, or no such family.
+    """
+    treats = frozenset([families] if isinstance(families, str) else families)
+    if unknown := sorted(treats - FAMILIES.keys()):
+        raise PluginError(f"rule for unknown family {unknown[0]!r}", hint=f"one of {', '.join(FAMILIES)}")
 
     def add(function: Callable[..., Any]) -> Callable[..., Any]:
         key = name or function.__name__
         if key in RULES:
-            raise ValueError(f"rule {key} is registered already")
+            raise PluginError(f"rule {key} is registered already", hint="give the function another name")
         parameters = {
             p.name: p.default for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY
         }
-        RULES[key] = Rule(key, function, families, parameters, (function.__doc__ or "").strip())
+        RULES[key] = Rule(key, function, treats, parameters, (function.__doc__ or "").strip())
         return function
 
     return add
@@ -77,7 +84,7 @@ class Layer:
     def __init__(self, op: Graph, node: Node, *, stabilizer: float = 1e-6, bias: str = "keep") -> None:
         self.op = op
         self.node = node
-        self.about: Op = OPS[node.op]
+        self.about: Op = about(node.op)
         self.stabilizer = stabilizer
         self.bias = bias
         self.vanishes = False  # a static fact: R = 0 wherever z <= 0
@@ -94,7 +101,7 @@ class Layer:
     @property
     def a(self) -> Any:
         """The input [N, in...]; Parts where several inputs carry relevance."""
-        if self.family == "sum":
+        if self.family in ("sum", "other"):
             parts = Parts(self.node.input(i) for i in self.node.data)
             return parts if len(parts) > 1 else parts[0]
         return self.node.input(self.node.data[0])
@@ -159,7 +166,7 @@ class Layer:
 # ---- rules for layers with weights ---------------------------------------------------------------------------------
 
 
-@rule(LINEAR | SUMMING | {"normalization"})
+@rule(LINEAR | SUMMING | OTHER | {"normalization"})
 def zero(layer: Layer, R: Value) -> Any:
     """LRP-0, also LRP-z (Bach et al. 2015; Kohlbrenner et al. 2020, Eq. 1): R_i = sum_j a_i w_ij / z_j R_j.
 
@@ -171,7 +178,7 @@ def zero(layer: Layer, R: Value) -> Any:
     return layer.a * layer.T(s)
 
 
-@rule(LINEAR | SUMMING | {"normalization"})
+@rule(LINEAR | SUMMING | OTHER | {"normalization"})
 def epsilon(layer: Layer, R: Value, *, epsilon: float = 1e-6) -> Any:
     """LRP-epsilon (Kohlbrenner et al. 2020, Eq. 2; CRP Eq. 32): R_i = sum_j a_i w_ij / (z_j + epsilon sign z_j) R_j."""
     s = R / layer.stab(layer.z, epsilon)
@@ -280,7 +287,7 @@ def flat(layer: Layer, R: Value) -> Any:
 # ---- rules for sums, products, windows -----------------------------------------------------------------------------
 
 
-@rule(SUMMING)
+@rule(SUMMING | OTHER)
 def norm(layer: Layer, R: Value) -> Any:
     """Every summand its share (thesis Eq. 2.39): R_i = x_i J_i^T[R / stab(f(x))]. A constant summand counts as bias."""
     s = R / layer.stab(layer.z)
@@ -301,7 +308,7 @@ def first(layer: Layer, R: Value) -> Any:
     return Parts([R] + [layer.op.zero] * (n - 1)) if n > 1 else R
 
 
-@rule(ELEMENTWISE, name="pass")
+@rule(ELEMENTWISE | OTHER, name="pass")
 def pass_(layer: Layer, R: Value) -> Value:
     """R unchanged (thesis Eq. 2.37): elementwise functions have nothing to share out."""
     return R

@@ -2,6 +2,7 @@
 
 from onnxcrp.ops import activations, arithmetic, attention, linear, normalization, pooling, rearrange
 from onnxcrp.ops.registry import (
+    BUILT_IN,
     CARRIES_NONE,
     FAMILIES,
     KEEPS,
@@ -15,6 +16,8 @@ from onnxcrp.ops.registry import (
     supported,
     transpose,
 )
+
+BUILT_IN.update(OPS, CARRIES_NONE)
 
 __all__ = [
     "CARRIES_NONE",
