@@ -389,7 +389,9 @@ def _in_order(low: Any, high: Any) -> bool:
 
 def _checked(name: str, value: Any, where: str) -> Any:
     """One value, of the right type and range, as plain Python; raises CompositeError."""
-    choices = {"seed": SEEDS, "bias": BIASES}.get(name)
+    choices = {"seed": SEEDS, "bias": BIASES, "at": ("sample", "reference")}.get(name)
+    if name == "reference" and value == "boundary":
+        return value
     if choices:
         if value not in choices:
             raise CompositeError(f"{where}: {name} must be {' or '.join(map(_toml, choices))}, got {_short(value)}")
@@ -398,13 +400,14 @@ def _checked(name: str, value: Any, where: str) -> Any:
         if not isinstance(value, str):
             raise CompositeError(f"{where}: description must be a string, got {value!r}")
         return value
-    if name in ("low", "high"):
+    if name in ("low", "high", "reference"):
         try:
             array = np.asarray(value, np.float64)
         except (TypeError, ValueError):
             array = np.asarray(np.nan)
         if not np.isfinite(array).all() or isinstance(value, (bool, str)):
-            raise CompositeError(f"{where}: {name} must be a number or a list of one per channel, got {_short(value)}")
+            of = "feature" if name == "reference" else "channel"
+            raise CompositeError(f"{where}: {name} must be a number or a list of one per {of}, got {_short(value)}")
         return _plain(array.tolist())
     if isinstance(value, (bool, str)) or not isinstance(value, (int, float, np.integer, np.floating)):
         raise CompositeError(f"{where}: {name} must be a number, got {_short(value)}")

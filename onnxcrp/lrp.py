@@ -23,6 +23,7 @@ import numpy as np
 from onnxcrp.errors import CompositeError, PluginError
 from onnxcrp.graph import Graph, Value, negative, positive, stabilize
 from onnxcrp.ops.attention import Normalization, softmax_axis
+from onnxcrp.ops.kernels import Machine
 from onnxcrp.ops.linear import batchnorm_scale
 from onnxcrp.ops.normalization import LocalResponse
 from onnxcrp.ops.registry import FAMILIES, Node, Op, Parts, about
@@ -32,7 +33,7 @@ SUMMING = frozenset({"average", "sum"})
 ELEMENTWISE = frozenset({"activation", "scale", "normalization"})
 BILINEAR = frozenset({"product", "matmul"})
 OTHER = frozenset({"other"})  # operators of which only the transpose is known
-EVERY = frozenset({*LINEAR, *SUMMING, *ELEMENTWISE, *BILINEAR, *OTHER, "max", "lrn", "softmax", "layernorm"})
+EVERY = frozenset({*LINEAR, *SUMMING, *ELEMENTWISE, *BILINEAR, *OTHER, "max", "lrn", "softmax", "layernorm", "kernel"})
 
 
 @dataclass(frozen=True)
@@ -120,8 +121,9 @@ class Layer:
             return self.op.zero
         if self.node.op == "BatchNormalization":
             return self.op.constant(batchnorm_scale(self.node)[1].astype(self.op.dtype))
-        if self.about.weighted and self.node.has(2):
-            bias = self.node.input(2)
+        at = 3 if self.family == "kernel" else 2
+        if (self.about.weighted or self.family == "kernel") and self.node.has(at):
+            bias = self.node.input(at)
             return bias if bias.array is None or bias.array.any() else self.op.zero
         return self.op.zero
 
@@ -130,6 +132,8 @@ class Layer:
         """The output L(W,b)a as the forward pass computed it; without the bias if that is dropped."""
         if self.bias == "keep":
             return self.node.output()
+        if self.family == "kernel":
+            return self.node.output() - (self.node.input(3) if self.node.has(3) else 0.0)
         if self.family == "sum":
             shares = self.a * self.T(self.op.as_value(1.0))
             return self.op.sum(shares) if isinstance(shares, Parts) else shares
@@ -406,6 +410,57 @@ def layernorm(layer: Layer, R: Value) -> Value:
 def embedding(layer: Layer, R: Value) -> Value:
     """A token's relevance is the sum over the features it looked up: [B, T, C] -> [B, T]."""
     return layer.T(R)
+
+
+# ---- kernel machines and bags of words ------------------------------------------------------------------------------
+
+
+@rule(frozenset({"kernel", "dense"}))
+def share(layer: Layer, R: Value) -> Value:
+    """Linear models and kernels that are sums over features, by share (Bach et al. 2015): f_p = sum_d f_pd + b_p.
+
+    R_d = sum_p (f_pd + b_p / D) R_p / f_p, f_pd = sum_s alpha_ps k(x_d, v_sd), or x_d w_pd for a linear model.
+    """
+    op, s = layer.op, R / layer.stab(layer.z)
+    if layer.node.op == "Kernel":
+        raise CompositeError(
+            f"rule share is for kernels that are sums over features, {layer.node!r} is none", hint="use rule taylor"
+        )
+    machine = Machine(op, layer.node) if layer.family == "kernel" else None
+    back = machine.over_vectors(s, machine.terms) if machine else layer.a * layer.T(s)
+    features = machine.features if machine else layer.W.array.shape[1]  # type: ignore[union-attr]
+    if layer.b.is_zero:
+        return back
+    return back + op.ReduceSum(s * layer.b, [-1], keepdims=1) * (1 / features)
+
+
+@rule(frozenset({"kernel"}))
+def taylor(layer: Layer, R: Value, *, reference: Any = 0.0, at: str = "sample") -> Value:
+    """Differentiable kernels by first-order Taylor decomposition (Bach et al. 2015; thesis 2.4).
+
+    R_d = sum_p [(x - x0)_d df_p/dx_d + f_p(x0) / D] R_p / f_p. The reference point x0 is `reference`, a number or one
+    per feature; the derivative is that at the sample, or at x0 (`at`). What is of higher order is lost.
+    `reference="boundary"`: x0_p = x - f_p g_p / |g_p|^2, where the tangent at the sample is 0, so that nothing is lost:
+    R_d = sum_p g_pd^2 / |g_p|^2 R_p, with g_p = df_p/dx.
+    """
+    op = layer.op
+    if layer.node.op != "Kernel":
+        raise CompositeError(f"rule taylor needs a derivative, the kernel of {layer.node!r} has none", hint="use share")
+    machine = Machine(op, layer.node)
+    x = machine.x
+    if isinstance(reference, str):
+        if at != "sample":
+            raise CompositeError("the boundary is found from the sample", hint='leave out at = "reference"')
+        square = machine.jacobian(x) * machine.jacobian(x)
+        shares = square / layer.stab(op.ReduceSum(square, [2], keepdims=1), 1e-30)
+        return op.Squeeze(op.Unsqueeze(R, [1]) @ shares, [1])
+    if np.size(reference) not in (1, machine.features):
+        raise CompositeError(f"{np.size(reference)} reference values for {machine.features} features of {layer.node!r}")
+    point = np.broadcast_to(np.asarray(reference, op.dtype).reshape(1, -1), (1, machine.features))
+    x0 = op.constant(np.ascontiguousarray(point))
+    s = R / layer.stab(layer.z)
+    rest = op.ReduceSum(s * (machine(x0) + layer.b), [-1], keepdims=1) * (1 / machine.features)
+    return (x - x0) * machine.T(s, x if at == "sample" else x0) + rest
 
 
 # ---- comparison methods, not LRP -----------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from onnxcrp.canonize.kernels import rewrite_kernels
 from onnxcrp.canonize.linear import normalize_linear
 from onnxcrp.canonize.load import SCOPE
 from onnxcrp.canonize.load import load as read
+from onnxcrp.canonize.machines import fuse_kernels
 from onnxcrp.canonize.norms import fuse_norms
 from onnxcrp.canonize.pads import explicit_pads
 from onnxcrp.canonize.qlinear import dequantize_operators
@@ -99,7 +100,9 @@ def canonize(model: str | os.PathLike | onnx.ModelProto, *, free_batch: bool = T
     else:
         batch = "dynamic" if _is_dynamic(graph) else "fixed"
     reports += [fuse_norms(graph), fuse_activations(graph)]
-    reports += [step(graph) for step in (normalize_linear, explicit_pads, fold_batchnorm, keep_quantization)]
+    reports += [
+        step(graph) for step in (normalize_linear, fuse_kernels, explicit_pads, fold_batchnorm, keep_quantization)
+    ]
     for node in graph.nodes:  # what no pass has rewritten must not be taken for the standard's operator of that name
         if node.domain not in ("", None, DOMAIN) and "::" not in node.op:
             node.op = key_of(node.op, node.domain)

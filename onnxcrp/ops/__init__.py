@@ -1,6 +1,6 @@
 """How a message travels back through each ONNX op; files by family, functions named as the op."""
 
-from onnxcrp.ops import activations, arithmetic, attention, linear, normalization, pooling, rearrange
+from onnxcrp.ops import activations, arithmetic, attention, kernels, linear, normalization, pooling, rearrange
 from onnxcrp.ops.registry import (
     BUILT_IN,
     CARRIES_NONE,
@@ -33,6 +33,7 @@ __all__ = [
     "arithmetic",
     "attention",
     "carries_none",
+    "kernels",
     "linear",
     "normalization",
     "pooling",

@@ -36,6 +36,7 @@ FAMILIES = {
     "matmul": "matrix product of two tensors that both carry relevance: attention",
     "softmax": "softmax inside the model",
     "layernorm": "normalization by the sample's own mean and deviation",
+    "kernel": "kernel machine: a weighted sum of kernels over support vectors",
     "embedding": "rows of a constant table, picked by token ids",
     "scale": "product with a constant, change of sign or of number format",
     "other": "an operator of which only the transpose is known: a composite names its rule",
