@@ -312,7 +312,7 @@ def first(layer: Layer, R: Value) -> Any:
     return Parts([R] + [layer.op.zero] * (n - 1)) if n > 1 else R
 
 
-@rule(ELEMENTWISE | OTHER, name="pass")
+@rule(ELEMENTWISE | OTHER | {"softmax"}, name="pass")
 def pass_(layer: Layer, R: Value) -> Value:
     """R unchanged (thesis Eq. 2.37): elementwise functions have nothing to share out."""
     return R
@@ -432,6 +432,18 @@ def share(layer: Layer, R: Value) -> Value:
     if layer.b.is_zero:
         return back
     return back + op.ReduceSum(s * layer.b, [-1], keepdims=1) * (1 / features)
+
+
+@rule(frozenset({"average"}))
+def bag(layer: Layer, R: Value) -> Value:
+    """From the bins of a bag to its local descriptors (Bach et al. 2015): each its share, all alike if a bin is empty.
+
+    R_l = sum_d m_d(l) / sum_l' m_d(l') R_d, and R_d / number of descriptors for the bins that no descriptor fills.
+    """
+    op, z = layer.op, layer.z
+    filled = op.Abs(z) > 1e-30
+    s = op.where(filled, R / op.where(filled, z, 1.0), 0.0)
+    return layer.a * layer.T(s) + flat(layer, op.where(filled, 0.0, R))
 
 
 @rule(frozenset({"kernel"}))

@@ -198,6 +198,59 @@ def test_a_kernel_that_something_else_reads_stays_in_parts() -> None:
     assert ops == ["Unsqueeze", "Min", "ReduceSum", "Linear"]
 
 
+# ------------------------------------------------------------------------------------------------------- scikit-learn
+
+
+def fitted(name: str, classes: int):
+    """A fitted pipeline, its model, and fresh samples."""
+    sklearn_svm, skl2onnx = pytest.importorskip("sklearn.svm"), pytest.importorskip("skl2onnx")
+    from sklearn.decomposition import PCA
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import Normalizer, StandardScaler
+
+    rng = np.random.default_rng(1)
+    x = (rng.normal(size=[90, 5]) * [1, 2, 3, 1, 1] + 1).astype(np.float32)
+    labels = (x[:, 0] > 1).astype(int) + (x[:, 1] > 2) * (classes - 2)
+    before = {"PCA": lambda: (StandardScaler(), PCA(3)), "Normalizer": lambda: (StandardScaler(), Normalizer())}[name]()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # skl2onnx asks for what scikit-learn is about to drop
+        pipeline = make_pipeline(*before, sklearn_svm.SVC(kernel="rbf", gamma=0.3)).fit(x, labels)
+        model = skl2onnx.to_onnx(pipeline, x[:1], target_opset={"": 18, "ai.onnx.ml": 3}, options={"zipmap": False})
+    return pipeline, model, (rng.normal(size=[4, 5]) + 1).astype(np.float32)
+
+
+def test_standard_scaler_pca_and_svc() -> None:
+    """Two classes, f in column 0: p df/dp + f(0) / 3 at the components, epsilon through the projection, the scaler passes."""
+    pipeline, model, x = fitted("PCA", 2)
+    scaler, pca, svc = (step for _, step in pipeline.steps)
+    z = scaler.transform(x.astype(np.float64))
+    p = (z - pca.mean_) @ pca.components_.T
+
+    def f(v: np.ndarray) -> float:
+        return float(svc.decision_function(v[None])[0])
+
+    h = 1e-5
+    R = np.array([[v[d] * (f(v + h * e) - f(v - h * e)) / (2 * h) + f(np.zeros(3)) / 3 for d, e in enumerate(np.eye(3))]
+                  for v in p])  # fmt: skip
+    terms = (z - pca.mean_)[:, None] * pca.components_  # [N, 3, 5]
+    expected = (terms * (R / p)[:, :, None]).sum(1)
+    np.testing.assert_allclose(relevance(model, "epsilon(epsilon=1e-9)", x, target=0), expected, rtol=2e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["PCA", "Normalizer"])
+@pytest.mark.parametrize("classes", [2, 3])
+def test_pipelines_conserve_at_the_boundary(name: str, classes: int) -> None:
+    _, model, x = fitted(name, classes)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", onnxcrp.NegativeLogitWarning)
+        for target in range(classes):
+            result = onnxcrp.Explainer(model, "epsilon(reference='boundary')").explain(x, target=target)
+            (R,) = result.relevance.values()
+            rest = result.explained[:, target] - R.sum(1)
+            votes = np.round(rest) if classes > 2 else 0  # of one against one, which are added and carry nothing
+            assert np.abs(rest - votes).max() < 1e-4
+
+
 # ------------------------------------------------------------------------------------------------------------- verify
 
 

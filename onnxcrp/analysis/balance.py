@@ -348,6 +348,11 @@ def balance(layer: Layer, rule: str, R: list[np.ndarray], parameters: Mapping[st
         return _product(layer, rule, R[0], total, size)
     if rule == "softmax":
         return _softmax(layer, R[0], total)
+    if rule == "bag":
+        part = Branch(
+            np.where(np.abs(layer.z) > 1e-30, R[0], 0.0), layer.z, 0.0, layer.gross(layer.a, layer.W, None), 0.0
+        )
+        return Balance([total], [size + float((part.gross * np.abs(part.s)).sum())])
     if rule == "share":
         return _share(layer, R[0], total)
     if rule == "taylor":
