@@ -9,9 +9,8 @@ Inputs: x [N, D], V [S, D], alpha [P, S], b [P] or none. Output: [N, P].
 
 from __future__ import annotations
 
-import numpy as np
-
 from onnxcrp.graph import Graph, Value
+from onnxcrp.ops.linear import turned
 from onnxcrp.ops.registry import Node, transpose
 
 
@@ -27,12 +26,9 @@ class Machine:
         assert vectors is not None
         self.features = vectors.shape[1]
 
-    def _turned(self, W: Value) -> Value:
-        return self.op.derive(W, "turned", lambda array: np.ascontiguousarray(array.T))
-
     def _product(self, x: Value) -> Value:
         """u = gamma x.v + coef0."""
-        return x @ self._turned(self.V) * self.gamma + self.coef0
+        return x @ turned(self.op, self.V) * self.gamma + self.coef0
 
     def kernel(self, x: Value) -> Value:
         """K(x, v_s): [N, D] -> [N, S]."""
@@ -48,7 +44,7 @@ class Machine:
 
     def __call__(self, x: Value) -> Value:
         """f(x) - b: [N, D] -> [N, P]."""
-        return self.kernel(x) @ self._turned(self.alpha)
+        return self.kernel(x) @ turned(self.op, self.alpha)
 
     # ---- differentiable kernels --------------------------------------------------------------------------------
     def slope(self, x: Value) -> Value:
