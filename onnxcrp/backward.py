@@ -23,7 +23,9 @@ from onnxcrp.facts import Facts, dims, rectifies
 from onnxcrp.graph import Graph, Value, positive
 from onnxcrp.lrp import RULES, Layer
 from onnxcrp.ops import OPS, Node, Parts
+from onnxcrp.ops.registry import REGISTER, about
 
+_TRANSPOSING = ("zero", "epsilon", "norm", "gradient")  # rules that an operator nobody registered cannot have
 REDUCTIONS = ("sum", "max", "argmax")
 
 # Rules whose result is a product with the layer's input: R_i = 0 wherever a_i = 0.
@@ -123,16 +125,9 @@ def assign(facts: Facts, composite: Composite, nodes: Iterable[gs.Node]) -> dict
     Errors: UnsupportedError naming all operators without a transpose; CompositeError naming all nodes no line fits.
     """
     nodes = list(nodes)
-    unknown = [node for node in nodes if node.op not in OPS]
-    if unknown:
-        listed = ", ".join(f"{node.op} ({facts.names.of(node)})" for node in unknown[:12])
-        more = f" and {len(unknown) - 12} more" if len(unknown) > 12 else ""
-        raise UnsupportedError(
-            f"{len(unknown)} operators have no transpose: {listed}{more}",
-            hint="`onnxcrp inspect` lists what is supported; choose an output below them, or ask for the operator",
-        )
     rules: dict[str, tuple[str, dict[str, Any]]] = {}
     unmatched = []
+    unknown: dict[str, list[str]] = {}  # operator -> nodes
     for node in nodes:
         family = facts.family(node)
         if family == "rearrangement":
@@ -145,15 +140,26 @@ def assign(facts: Facts, composite: Composite, nodes: Iterable[gs.Node]) -> dict
             family=family,
             names=facts.names.all_of(node),
             depth=facts.depth[node.name],
+            by_name=node.op not in OPS,
         )
-        if found is None:
+        if node.op not in OPS and (found is None or found[0] in _TRANSPOSING):
+            unknown.setdefault(node.op, []).append(facts.names.of(node))
+        elif found is None:
             unmatched.append(node)
         elif found[0] != "gradient" and (facts.is_preprocessing(node) or facts.is_mask(node)):
             rules[node.name] = ("pass", found[1] | {"unchanged": True})
         else:
             rules[node.name] = found
+    if unknown:
+        listed = "; ".join(f"{op} ({', '.join(names)})" for op, names in unknown.items())
+        count = sum(map(len, unknown.values()))
+        raise UnsupportedError(
+            f"{count} node{'s have' if count > 1 else ' has'} no transpose: {listed}",
+            hint=f"{REGISTER.format(next(iter(unknown)))}; or let a composite pass it (op = "
+            f'"{next(iter(unknown))}", rule = "pass"), or explain an output below it',
+        )
     if unmatched:
-        listed = ", ".join(f"{facts.names.of(node)} ({node.op}, {facts.family(node)})" for node in unmatched[:12])
+        listed = ", ".join(f"{facts.names.of(node)} ({node.op}, {facts.family(node)})" for node in unmatched)
         raise CompositeError(
             f"composite {composite.name} has no rule for {listed}",
             hint=f'add a [[layer]] with op = "{unmatched[0].op}" and a rule, or extends = "base" at the top',
@@ -402,7 +408,7 @@ class _Writer:
             else:
                 R = next(iter(arrived.values()))
             if rule == "rearrangement":
-                back = OPS[node.op].transpose(op, view, R)
+                back = about(node.op).transpose(op, view, R)
             else:
                 parameters = dict(parameters)
                 unchanged = parameters.pop("unchanged", False)
@@ -641,6 +647,11 @@ class _Writer:
             outputs=list(graph.outputs),
             name=graph.name or "model",
             opset=self.op.opset,
+            import_domains=[
+                onnx.helper.make_opsetid("", self.op.opset),
+                *(entry for entry in graph.import_domains if entry.domain),
+            ],
+            functions=graph.functions,
         )
         proto = export(made, ir_version=ir_version)
         proto.producer_version = __version__
@@ -712,10 +723,13 @@ class _View(Node):
 def _at_opset(proto: onnx.ModelProto, opset: int) -> onnx.ModelProto:
     """The model converted to a newer opset by onnx; errors: QuestionError where it cannot."""
     try:
-        return onnx.version_converter.convert_version(proto, opset)
+        converted = onnx.version_converter.convert_version(proto, opset)
     except Exception as error:  # the converter raises several kinds
         reason = str(error).strip().split("\n")[0]
         raise QuestionError(f"onnx cannot convert to opset {opset}: {reason}", hint="leave opset out") from error
+    if not converted.functions:  # which say of which opset they are, and which the converter forgets
+        converted.functions.extend(proto.functions)
+    return converted
 
 
 def _needed(nodes: Sequence[gs.Node], outputs: Iterable[str]) -> list[gs.Node]:

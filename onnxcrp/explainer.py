@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from onnxcrp.errors import CompositeError, QuestionError
+from onnxcrp.errors import CompositeError, QuestionError, UnsupportedError
 from onnxcrp.question import Asked, listed
 from onnxcrp.relevance import RelevanceModels, shape_of
 from onnxcrp.result import NegativeLogitWarning, Result, plain
@@ -155,18 +155,23 @@ class Explainer:
         """The rule that the walk will use for a node, None where it would fail or needs none."""
         from onnxcrp.backward import assign
 
-        if family in ("rearrangement", "unsupported"):
+        if family == "rearrangement":
             return None, {}
         try:
             rule, parameters = assign(self.facts, self.composite, [node])[node.name]
-        except CompositeError:
+        except (CompositeError, UnsupportedError):
             return None, {}
         return rule, {name: value for name, value in parameters.items() if name != "unchanged"}
 
     def inspect(self) -> dict[str, Any]:
         """What the model is, as plain JSON values: inputs, canonizers, layers, what is unsupported, how batches run."""
         facts, canonical, composite = self.facts, self.canonical, self.composite
-        unsupported = facts.unsupported(facts.between([facts.explained], None))
+        ruled = {layer.name for layer in self.layers if layer.rule}  # by a line that names the operator
+        unsupported = [
+            node
+            for node in facts.unsupported(facts.between([facts.explained], None))
+            if facts.names.of(node) not in ruled
+        ]
         return {
             "inputs": {name: {"dtype": str(kind), "shape": list(shape)} for name, (kind, shape) in self.inputs.items()},
             "outputs": {

@@ -14,6 +14,7 @@ import onnx_graphsurgeon as gs
 from onnxcrp.errors import CompositeError, QuestionError, UnsupportedError
 from onnxcrp.ops import CARRIES_NONE, KEEPS, NONNEGATIVE, OPS
 from onnxcrp.ops.rearrange import leaves_batch
+from onnxcrp.ops.registry import about
 
 if TYPE_CHECKING:
     from onnxcrp.canonize import Canonical
@@ -115,7 +116,7 @@ class Facts:
 
     def carries(self, node: gs.Node) -> list[int]:
         """Positions of the inputs of a node that carry relevance."""
-        if node.op in CARRIES_NONE and not node.domain:
+        if node.op in CARRIES_NONE:
             return []
         found = [i for i, tensor in enumerate(node.inputs) if tensor.name in self.data]
         if node.op in _CONTENT:
@@ -208,15 +209,15 @@ class Facts:
         """Tensors without an element below zero, whatever the input."""
         known: set[str] = set()
         for node in self.nodes:
-            about = OPS.get(node.op)
-            if about is None or about.sign is None:
+            sign = about(node.op).sign
+            if sign is None:
                 continue
-            if about.sign == NONNEGATIVE:
+            if sign == NONNEGATIVE:
                 holds = True
-            elif about.sign == KEEPS:
+            elif sign == KEEPS:
                 holds = all(self._operand_nonnegative(tensor, known) for tensor in node.inputs)
             else:
-                holds = about.sign(node, known)
+                holds = sign(node, known)
             if holds:
                 known.update(tensor.name for tensor in node.outputs)
         return known
@@ -268,8 +269,8 @@ class Facts:
         return False
 
     def family(self, node: gs.Node) -> str:
-        """Op family of a node; errors: KeyError for unknown ops."""
-        return OPS[node.op].family_of(node, len(self.carries(node)))
+        """Op family of a node; `other` for operators that nobody registered."""
+        return about(node.op).family_of(node, len(self.carries(node)))
 
     # ---- the batch axis ----------------------------------------------------------------------------------------
     @cached_property

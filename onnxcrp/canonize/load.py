@@ -26,11 +26,13 @@ import onnx_graphsurgeon as gs
 from onnxcrp.canonize.edit import Names, quiet, value
 from onnxcrp.canonize.report import PassReport
 from onnxcrp.errors import ModelError
+from onnxcrp.ops.registry import claimed, key_of
 
 OPSET = 18  # what canonical graphs are written in, unless the file is newer
 OLDEST = 7
 BIG = 4096  # elements; larger constants stay out of the skeleton
 SCOPE = "onnxcrp.scope"
+REWRITTEN = (None, "", "com.microsoft", "ai.onnx.ml")  # domains whose operators passes know by their plain names
 QUANTIZER = re.compile(r"_((de)?quant(ized)?|(Deq|Q)uantizeLinear(_Output)?)$")  # what quantizers append to a name
 AUTOMATIC = re.compile(r"^(\d+|onnx::.*|/.*|_?val_\d+|_v_\d+|[cC]onst.*|.*ReadVariableOp.*|.*FakeQuant.*)$")
 WEIGHTED = {"Conv", "ConvTranspose", "Gemm", "MatMul", "BatchNormalization"}
@@ -63,6 +65,7 @@ def load(model: str | os.PathLike | onnx.ModelProto) -> Source:
     opset = _source_opset(proto)
     report = PassReport("load")
     skeleton, arrays = _split(proto, opset, folder, report)
+    kept = _keep_functions(skeleton)
     if skeleton.functions:
         report.done.append(f"{len(skeleton.functions)} local function(s) inlined")
         skeleton = call(onnx.inliner.inline_local_functions, skeleton, True, what="local functions cannot be inlined")
@@ -73,6 +76,9 @@ def load(model: str | os.PathLike | onnx.ModelProto) -> Source:
     names = {output: (node.name, node.op_type) for output, node in hints.items()}
     upgraded = _upgrade(skeleton, opset, arrays, report)
     graph = _import(upgraded, arrays)
+    graph.functions = _imported(kept, skeleton)
+    for function in kept:
+        report.done.append(f"local function {function.domain}::{function.name} kept: it has a transpose of its own")
     if opset <= 10:
         _old_resizes(graph)
     _name_nodes(graph, {output: name for output, (name, _) in names.items()})
@@ -274,6 +280,34 @@ def _split(
     return skeleton, arrays
 
 
+def _keep_functions(skeleton: onnx.ModelProto) -> list[onnx.FunctionProto]:
+    """Take out the local functions that somebody registered an operator for, and copies of what these call."""
+    functions = {(function.domain, function.name): function for function in skeleton.functions}
+    own = [key for key in functions if claimed(key[1], key[0])]
+    if not own:
+        return []
+    needed, waiting = {}, list(own)
+    while waiting:
+        key = waiting.pop()
+        if key in functions and key not in needed:
+            needed[key] = functions[key]
+            waiting += [(node.domain, node.op_type) for node in functions[key].node]
+    kept = [onnx.FunctionProto.FromString(function.SerializeToString()) for function in needed.values()]
+    others = [functions[key] for key in functions if key not in own]
+    others = [onnx.FunctionProto.FromString(function.SerializeToString()) for function in others]
+    del skeleton.functions[:]
+    skeleton.functions.extend(others)
+    return kept
+
+
+def _imported(functions: list[onnx.FunctionProto], model: onnx.ModelProto) -> list[gs.Function]:
+    """What every model that is written carries along."""
+    empty = onnx.helper.make_graph([], "none", [], [])
+    holder = onnx.helper.make_model(empty, functions=functions, opset_imports=model.opset_import)
+    with quiet():
+        return list(gs.import_onnx(holder).functions) if functions else []
+
+
 def _default_domain(container: onnx.GraphProto | onnx.FunctionProto, foreign: set[str]) -> None:
     """`ai.onnx` is another name of the standard domain, into which onnxruntime's optimizer writes `foreign` ops."""
     for node in container.node:
@@ -420,6 +454,9 @@ def _import(model: onnx.ModelProto, arrays: dict[str, np.ndarray]) -> gs.Graph:
     graph.ir_version = 10
     used = {node.domain for node in graph.nodes}
     graph.import_domains = [entry for entry in model.opset_import if entry.domain == "" or entry.domain in used]
+    for node in graph.nodes:
+        if node.domain not in REWRITTEN:
+            node.op = key_of(node.op, node.domain)
     everything = [tensor for node in graph.nodes for tensor in node.inputs] + graph.outputs
     for subgraph in graph.subgraphs(recursive=True):
         everything += [tensor for node in subgraph.nodes for tensor in node.inputs if not tensor.inputs]
@@ -455,7 +492,7 @@ def _name_nodes(graph: gs.Graph, known: dict[str, str]) -> None:
     names.taken.clear()
     for number, node in enumerate(graph.nodes):
         known_name = next((known[t.name] for t in node.outputs if known.get(t.name)), "")
-        node.name = names.fresh(node.name or known_name or f"{node.op}_{number}")
+        node.name = names.fresh(node.name or known_name or f"{node.op.rpartition('::')[2]}_{number}")
 
 
 def _scope(node: onnx.NodeProto) -> str:

@@ -57,6 +57,7 @@ from onnxcrp.cli.output import destination, steps, write_json, wrote
 @click.option("--opset", type=int, help="At least this opset.  [default: the larger of the source's and 18]")
 @click.option("--ir-version", type=int, default=10, show_default=True, help="Of the file; older runtimes need less.")
 @options.preprocess
+@options.plugin
 @options.as_json
 @options.quiet
 @click.pass_context

@@ -29,6 +29,7 @@ WIDE = 160  # characters of a reason
 @options.composite
 @options.output
 @options.preprocess
+@options.plugin
 @click.option("--all", "every", is_flag=True, help="List all that was rewritten, and activations and rearrangements.")
 @options.as_json
 def command(

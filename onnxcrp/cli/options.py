@@ -149,6 +149,27 @@ def preprocess(command: F) -> F:
     )(command)
 
 
+def plugin(command: F) -> F:
+    """--plugin: operators and rules of one's own."""
+    return click.option(
+        "--plugin",
+        multiple=True,
+        metavar="FILE.py",
+        expose_value=False,
+        callback=_run_plugins,
+        help="A Python file that registers operators or rules (docs/extending.md). Repeatable.",
+    )(command)
+
+
+def _run_plugins(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> None:
+    """Runs the files; their errors are ours."""
+    if value and not ctx.resilient_parsing:
+        from onnxcrp.plugins import load_plugin
+
+        for path in value:
+            load_plugin(path)
+
+
 def runtime(command: F) -> F:
     """--provider, --threads and --memory-limit: how onnxruntime runs."""
     command = click.option(

@@ -35,6 +35,7 @@ SILENT = ("pass", "rearrangement")  # rules of layers that lose nothing
 @click.option("-o", "--out", type=click.Path(dir_okay=False), help="Write the relevance with spread biases, an .npz.")
 @options.output
 @options.preprocess
+@options.plugin
 @options.provider
 @click.option("--all", "every", is_flag=True, help="List layers that only pass relevance on as well.")
 @options.as_json

@@ -1,7 +1,8 @@
 """How a message travels back through each ONNX op; files by family, functions named as the op."""
 
-from onnxcrp.ops import activations, arithmetic, attention, linear, normalization, pooling, rearrange
+from onnxcrp.ops import activations, arithmetic, attention, kernels, linear, normalization, pooling, rearrange
 from onnxcrp.ops.registry import (
+    BUILT_IN,
     CARRIES_NONE,
     FAMILIES,
     KEEPS,
@@ -15,6 +16,8 @@ from onnxcrp.ops.registry import (
     supported,
     transpose,
 )
+
+BUILT_IN.update(OPS, CARRIES_NONE)
 
 __all__ = [
     "CARRIES_NONE",
@@ -30,6 +33,7 @@ __all__ = [
     "arithmetic",
     "attention",
     "carries_none",
+    "kernels",
     "linear",
     "normalization",
     "pooling",

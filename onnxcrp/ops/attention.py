@@ -38,6 +38,12 @@ def softmax(op: Graph, node: Node, s: Value) -> Value:
     return y * (s - op.ReduceSum(s * y, [softmax_axis(node)], keepdims=1))
 
 
+@transpose("Hardmax", family="softmax", sign=NONNEGATIVE)
+def hardmax(op: Graph, node: Node, s: Value) -> Value:
+    """0: constant wherever it has a derivative."""
+    return op.zero
+
+
 @transpose("LogSoftmax", family="softmax")
 def log_softmax(op: Graph, node: Node, s: Value) -> Value:
     """s - exp(y) sum(s)."""

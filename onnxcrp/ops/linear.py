@@ -134,11 +134,12 @@ def _back_through_conv_transpose(op: Graph, node: Node, s: Value, W: Value, grou
 def _linear(op: Graph, node: Node, a: Value, W: Value, b: Value) -> Value:
     if node.rank(0) == 2:
         return op.Gemm(a, W, None if b.is_zero else b, transB=1)
-    z = a @ _turned(op, W)
+    z = a @ turned(op, W)
     return z if b.is_zero else z + b
 
 
-def _turned(op: Graph, W: Value) -> Value:
+def turned(op: Graph, W: Value) -> Value:
+    """W [out, in] -> [in, out]."""
     if not W.is_constant:
         return op.Transpose(W)
     return op.derive(W, "turned", lambda array: np.ascontiguousarray(array.T), lambda W: op.Transpose(W, perm=[1, 0]))
