@@ -499,6 +499,8 @@ class _Writer:
         if node.op not in _BROADCASTING:
             return R
         wide, narrow = dims(node.outputs[0]), dims(source)
+        if node.op == "MatMul":  # the last two axes are the matrix
+            wide, narrow = wide[:-2], narrow[:-2]
         missing = len(wide) - len(narrow)
         if missing > 0:
             if any(size != 1 for size in wide[:missing]):
@@ -701,7 +703,9 @@ class _Writer:
         }
 
 
-_BROADCASTING = frozenset(["Add", "Sub", "Sum", "Mean", "Mul", "Div", "Pow", "PRelu", "Expand", "Where", "Max", "Min"])
+_BROADCASTING = frozenset(
+    ["Add", "Sub", "Sum", "Mean", "Mul", "Div", "Pow", "PRelu", "Expand", "Where", "Max", "Min", "MatMul"]
+)
 
 # Operators whose rounding a message takes for the identity.
 _APPROXIMATED = frozenset({"QuantizeLinear", "Round", "Floor", "Ceil"})
@@ -767,7 +771,7 @@ def concept_axis(facts: Facts, node: gs.Node) -> int:
         if current is None or current.op not in OPS:
             break
         family = facts.family(current)
-        if family == "convolution" or family in _FEATURES_LAST:
+        if family == "convolution" or family in _FEATURES_LAST or current.op == "MatMul":
             found = axes[1 if family == "convolution" else -1]
             return 1 if found is None else found
         data = facts.carries(current)

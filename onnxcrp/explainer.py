@@ -296,24 +296,30 @@ class Explainer:
             for at in range(0, batch, count):
                 rows = slice(at, min(at + count, batch))
                 part = {name: array[rows] if self._models.is_batched(name) else array for name, array in feeds.items()}
-                cut = {name: self._rows_of(value, rows, batch) for name, value in options.items() if name == "seed"}
-                yield self.explain(part, self._rows_of(target, rows, batch), **options | cut)
+                cut = {name: self._of_rows(name, value, rows, batch) for name, value in options.items()}
+                yield self.explain(part, self._of_rows("target", target, rows, batch), **cut)
             return
         count = max(1, self.memory_limit // (each * batch))
         remaining = iter(conditions)
         while part_of_them := list(itertools.islice(remaining, count)):
             yield self.explain(feeds, target, conditions=part_of_them, **options)
 
-    def _rows_of(self, target: Any, rows: slice, batch: int) -> Any:
-        """The part of a target or seed that belongs to some of the samples."""
-        if isinstance(target, range):
-            target = list(target)
-        if isinstance(target, list):
-            return target[rows]
-        if isinstance(target, np.ndarray) and len(target.shape) and len(target) == batch:
-            whole = target.dtype.kind in "iu" and target.ndim == 1
-            return target[rows] if whole or target.ndim == len(self._models.explained_shape) else target
-        return target
+    def _of_rows(self, name: str, value: Any, rows: slice, batch: int) -> Any:
+        """The part of an argument of `explain` that belongs to some of the samples: of target, seed and start."""
+        if name == "start" and isinstance(value, (list, tuple)):
+            return [self._of_rows(name, each, rows, batch) for each in value]
+        if name == "start" and isinstance(value, Mapping):
+            return {layer: self._concepts_of_rows(layer, concepts, rows, batch) for layer, concepts in value.items()}
+        if name == "target" and isinstance(value, (list, range)):
+            return list(value)[rows]
+        if name not in ("target", "seed") or not isinstance(value, np.ndarray) or not value.ndim or len(value) != batch:
+            return value
+        is_list = name == "target" and value.ndim == 1 and value.dtype.kind in "iu"
+        return value[rows] if is_list or value.ndim == len(self._models.explained_shape) else value
+
+    def _concepts_of_rows(self, layer: str, concepts: Any, rows: slice, batch: int) -> Any:
+        mask = self._models.layer(layer).mask(concepts)
+        return mask[rows] if len(mask) == batch > 1 else concepts
 
 
 def _bounded(composite: Composite, facts: Facts, preprocessing: Any, low: Any, high: Any) -> Composite:

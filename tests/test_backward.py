@@ -13,6 +13,7 @@ import pytest
 
 from onnxcrp.backward import compile as compile_model
 from onnxcrp.canonize import canonize
+from onnxcrp.composite import load
 from onnxcrp.errors import CompositeError, QuestionError, UnsupportedError
 from onnxcrp.session import Session
 
@@ -601,6 +602,26 @@ def test_flat_goes_through_interpolation_and_elementwise_maxima() -> None:
     found = ask(compile_model(model, "flat"), {"x": normal(1, 2, 4, 4), "target": R})["relevance.x"]
     near(found.sum((2, 3)), R.sum((2, 3)))
     assert (found > 0).all()
+
+
+def test_matrix_products_with_stacks_of_matrices_and_shared_heads() -> None:
+    """A stack of constant matrices is shared out as a mean is; heads that share one matrix get the sum of their parts."""
+    stack = normal(2, 6, 5)
+    model = parsed("net (float[batch, 2, 7, 6] x) => (float[batch, 2, 7, 5] y) { y = MatMul (x, m) }", m=stack)
+    x, R = normal(3, 2, 7, 6), normal(3, 2, 7, 5)
+    s = R.astype(float) / stab(x.astype(float) @ stack)
+    model = compile_model(model, dataclasses.replace(load("epsilon"), seed="one"))
+    near(ask(model, {"x": x, "target": R})["relevance.x"], x * (s @ stack.swapaxes(-1, -2)))
+
+    text = "net (float[batch, 4, 3, 6] q, float[batch, 1, 6, 5] k) => (float[batch, 4, 3, 5] y) { y = MatMul (q, k) }"
+    model = compile_model(parsed(text), dataclasses.replace(load("attnlrp"), seed="one"))
+    q, k, R = normal(2, 4, 3, 6), normal(2, 1, 6, 5), normal(2, 4, 3, 5)
+    a, b = q.astype(float), k.astype(float)
+    z = 2 * (a @ b)
+    n = R / (z + 1e-8 * np.sign(z))
+    found = ask(model, {"q": q, "k": k, "target": R})
+    near(found["relevance.q"], a * (n @ b.swapaxes(-1, -2)))
+    near(found["relevance.k"], (b * (a.swapaxes(-1, -2) @ n)).sum(1, keepdims=True))
 
 
 def test_versions_are_converted_or_refused() -> None:

@@ -23,7 +23,7 @@ import onnx.numpy_helper
 import onnx.version_converter
 import onnx_graphsurgeon as gs
 
-from onnxcrp.canonize.edit import Names, quiet, value
+from onnxcrp.canonize.edit import Names, quiet, set_constant, set_output, value
 from onnxcrp.canonize.report import PassReport
 from onnxcrp.errors import ModelError
 from onnxcrp.ops.registry import claimed, key_of
@@ -476,14 +476,27 @@ def _import(model: onnx.ModelProto, arrays: dict[str, np.ndarray]) -> gs.Graph:
 def _old_resizes(graph: gs.Graph) -> None:
     """Until opset 10 an output pixel i was read at i / scale, which the version converter forgets to say.
 
-    `nearest` was not defined closer; the runtime rounds down, but up where an image shrinks.
+    `nearest` was not defined closer; the runtime rounds down, but up along an axis that shrinks.
     """
+    nodes: list[gs.Node] = []
     for node in graph.nodes:
-        if node.op == "Resize":
-            node.attrs["coordinate_transformation_mode"] = "asymmetric"
-            if node.attrs.get("mode", "nearest") == "nearest":
-                scales = value(node, 2)
-                node.attrs["nearest_mode"] = "ceil" if scales is not None and (scales <= 1).all() else "floor"
+        nodes.append(node)
+        if node.op != "Resize":
+            continue
+        node.attrs["coordinate_transformation_mode"] = "asymmetric"
+        if node.attrs.get("mode", "nearest") != "nearest":
+            continue
+        scales = value(node, 2)
+        node.attrs["nearest_mode"] = "ceil" if scales is not None and (scales <= 1).all() else "floor"
+        if scales is not None and (scales < 1).any() and (scales > 1).any():  # one node grows, the next one shrinks
+            name, output = f"{node.name}/shrink", node.outputs[0]
+            grown = gs.Variable(f"{output.name}/grown", dtype=output.dtype)
+            set_output(node, grown)
+            set_constant(node, 2, np.maximum(scales, 1), f"{name}/grown")
+            factors = gs.Constant(f"{name}/scales", np.minimum(scales, 1))
+            attrs = {**node.attrs, "nearest_mode": "ceil"}
+            nodes.append(gs.Node("Resize", name, attrs, [grown, gs.Variable.empty(), factors], [output]))
+    graph.nodes = nodes
 
 
 def _name_nodes(graph: gs.Graph, known: dict[str, str]) -> None:

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from onnxcrp.errors import UnsupportedError
 from onnxcrp.graph import Graph, Value
-from onnxcrp.ops.geometry import scatter, spaced, window
+from onnxcrp.ops.geometry import pads_itself, scatter, spaced, window
 from onnxcrp.ops.registry import KEEPS, Node, Ones, transpose
 
 _CONV_ATTRS = ("strides", "dilations", "pads", "group", "kernel_shape")
@@ -38,7 +39,7 @@ def _conv_ones(op: Graph, node: Node) -> Ones:
     out_channels, per_group = node.input(1).array.shape[:2]  # type: ignore[union-attr]
     kernel = _kernel(node)
     one = op.constant(np.ones((1, 1, *kernel), op.dtype))
-    attrs = _attrs(node, "strides", "dilations", "pads", "kernel_shape")
+    attrs = _attrs(node, "strides", "dilations", "pads", "kernel_shape", "auto_pad")
     field = op.Expand(1.0, op.Concat([1, 1], node.size(0, 2), axis=0))
     count = op.node("Conv", [field, one], attrs) * float(per_group)
 
@@ -63,7 +64,7 @@ def conv(op: Graph, node: Node, s: Value, W: Value) -> Value:
     strides, dilations, before, after = window(node, kernel)
     reach = [d * (k - 1) for d, k in zip(dilations, kernel, strict=True)]
     fits = all(r >= p for r, p in zip([*reach, *reach], [*before, *after], strict=True))
-    if op.flip_convolutions and set(strides) == {1} and fits and W.is_constant:
+    if op.flip_convolutions and set(strides) == {1} and fits and W.is_constant and not pads_itself(node):
         pads = [r - p for r, p in zip([*reach, *reach], [*before, *after], strict=True)]
         return op.Conv(
             s, _flipped(op, W, group), strides=strides, dilations=dilations, pads=pads, group=group, kernel_shape=kernel
@@ -118,6 +119,8 @@ def conv_transpose(op: Graph, node: Node, s: Value, W: Value) -> Value:
 
 def _back_through_conv_transpose(op: Graph, node: Node, s: Value, W: Value, group: int) -> Value:
     kernel = _kernel(node)
+    if pads_itself(node) or node.attrs.get("output_shape"):
+        raise UnsupportedError(f"{node!r}: auto_pad and output_shape need static sizes", hint="export a fixed size")
     strides, dilations, before, after = window(node, kernel)
     attrs = {"strides": strides, "dilations": dilations, "group": group, "kernel_shape": kernel}
     crop = [-min(p, 0) for p in [*before, *after]]
