@@ -1,23 +1,30 @@
 """What can be explained: exports many models, canonizes, explains and checks them, and writes the table of it.
 
-    python -m benchmarks.coverage [--only NAME ...] [--small] [--json FILE] [--fresh]
+    python -m benchmarks.coverage [--only NAME ...] [--small] [--json FILE] [--fresh] [--markdown]
 
-Every row goes into the JSON file as soon as it is done; a row that is there is not run again unless it is named by
---only or everything is --fresh. docs/coverage.md is written from that file. A row says
+Every row runs in a process of its own, which is ended after --limit seconds, and goes into the JSON file as soon as it
+is done; a row that is there is not run again unless it is named by --only or everything is --fresh. Rows of a package
+that this Python lacks (transformers, keras with tensorflow-cpu and tf2onnx) are left as they are, so the table may be
+filled in by several environments. docs/coverage.md is written from that file (--markdown does nothing else). A row says
 
 - exports: whether the exporter writes the model at all; what fails there is the exporter's;
 - canonizes: the relative L2 difference of the canonical model's outputs to the original's;
 - explains: relevance of the largest output, finite and not 0;
 - conserves: (relevance of the inputs + what is itemised as lost) / explained output, and whether every layer whose
   rule is itemised sends what it receives;
-- parity: the relative L2 difference to zennit in float64, where zennit finds a module for every operation;
+- parity: the relative L2 difference of the input's relevance to that in float64 by zennit, where it finds a module for
+  every operation, or by dense formulas on torch's functions (tests/support/functional.py); where float32 misses it by
+  more than 1e-4, the relevance model is also evaluated in float64, which tells rounding from a mistake;
 - nodes by rule; whether anything is approximated (rounding that passes relevance unchanged).
 """
 
 from __future__ import annotations
 
 import gc
+import importlib.util
 import json
+import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -52,9 +59,9 @@ def run(case: Case, exporter: str) -> Row:
             row["exports"] = True
             stage = "explains"
             _explain(row, case, path, feeds)
-            if case.parity and row.get("explains"):
+            if case.oracle and row.get("explains"):
                 stage = "parity"
-                row["parity"] = _parity(case, model, path, feeds)
+                _parity(row, case, model, path, feeds)
     except Exception as error:  # a row of the table, whatever it is
         if stage == "made":
             raise
@@ -117,24 +124,60 @@ def _explain(row: Row, case: Case, path: Path, feeds: dict[str, np.ndarray]) -> 
 
 CACHE = 1 << 28  # bytes of relevance models to keep
 AMPLIFIED = 100.0  # times the explained output; sums of such terms say nothing about the output
-APPROXIMATED = ("QuantizeLinear", "Round", "Floor", "Ceil")
+TIGHT = 1e-4  # relative L2 of parity
+APPROXIMATED = ("QuantizeLinear", "DynamicQuantizeLinear", "Round", "Floor", "Ceil")
 
 
-def _parity(case: Case, model: Any, path: Path, feeds: dict[str, np.ndarray]) -> float:
-    """Relative L2 of the input's relevance to zennit's in float64."""
+def _parity(row: Row, case: Case, model: Any, path: Path, feeds: dict[str, np.ndarray]) -> None:
+    """Relative L2 of the first input's relevance to the oracle's: the runtime's and, if need be, that in float64."""
+    from onnxcrp.explainer import Explainer
+
+    one = {name: value[:1] for name, value in feeds.items()}
+    explainer = Explainer(path, case.composite, threads=1, cache_limit=CACHE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        result = explainer.explain(one, "top")
+        index = tuple(int(i) for i in np.unravel_index(int(np.argmax(result.explained[0])), result.explained[0].shape))
+        theirs = _theirs(case, model, one, index)
+
+    def distance(ours: np.ndarray) -> float:
+        return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
+
+    name = next(name for name in one if name in result.relevance)
+    row["oracle"], row["parity"] = case.oracle, distance(result.relevance[name])
+    if row["parity"] > TIGHT:
+        row["parity64"] = distance(_exact(explainer, case.composite, one, index, name))
+
+
+def _exact(explainer: Any, composite: str, one: dict[str, np.ndarray], index: tuple[int, ...], name: str) -> np.ndarray:
+    """The relevance model evaluated in float64."""
+    from onnxcrp.analysis.verify import interface_of
+    from onnxcrp.backward import compile
+    from onnxcrp.evaluate import evaluate
+
+    model = compile(explainer.canonical, composite)
+    ports = interface_of(model)
+    shape = [1, *np.shape(explainer.explain(one, index).explained)[1:]]
+    target = np.zeros(shape, np.float32)
+    target[(0, *index)] = 1
+    port = ports["inputs"][name]
+    return evaluate(model, {**one, ports["target"]: target}, [port])[port]
+
+
+def _theirs(case: Case, model: Any, one: dict[str, np.ndarray], index: tuple[int, ...]) -> np.ndarray:
+    if case.oracle == "functions":
+        from tests.support import functional
+
+        return functional.relevance(model, one, case.composite, index)
     import torch
 
-    from onnxcrp.explainer import Explainer
     from tests.support.oracle import Oracle
 
-    x = next(iter(feeds.values()))[:1]
+    x = next(iter(one.values()))
     oracle = Oracle(model, torch.from_numpy(x))
-    logits = oracle.logits(x)
-    target = np.zeros_like(logits)
-    target[0, logits.argmax()] = 1
-    theirs = oracle.relevance(case.composite, x, target)["input"]
-    ours = Explainer(path, case.composite, threads=1).explain(x, int(logits.argmax())).relevance
-    return float(np.linalg.norm(next(iter(ours.values())) - theirs) / np.linalg.norm(theirs))
+    target = np.zeros_like(oracle.logits(x))
+    target[(0, *index)] = 1
+    return oracle.relevance(case.composite, x, target)["input"]
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------
@@ -146,7 +189,7 @@ def _number(value: float | None, digits: int = 2) -> str:
     return "–" if value is None else f"{value:.{digits}g}"
 
 
-def markdown(rows: Sequence[Row]) -> str:
+def written(rows: Sequence[Row]) -> str:
     """The table, by group, with what failed below."""
     exported = [row for row in rows if row.get("exports")]
     explained = [row for row in exported if row.get("explains")]
@@ -183,6 +226,12 @@ def _line(row: Row) -> str:
         lacking = f" ({', '.join(row['not_itemised'])} not itemised)" if row["not_itemised"] else ""
         return f"{row['sum']:.4f}{'' if row['conserves'] is not False else ' **no**'}{lacking}"
 
+    def parity() -> str:
+        if not row.get("parity"):
+            return "**no**" if row.get("parity") is False else "–"
+        rounded = f" ({_number(row['parity64'])} in float64)" if "parity64" in row else ""
+        return f"{_number(row['parity'])}{rounded}{'' if row['oracle'] == 'functions' else ' z'}"
+
     cells = [
         row["name"],
         row["exporter"],
@@ -191,7 +240,7 @@ def _line(row: Row) -> str:
         "–" if "canonizes" not in row else _number(row["outputs"]) if row["canonizes"] else "**no**",
         _mark(row.get("explains")) if row.get("exports") else "–",
         conserved(),
-        _number(row.get("parity")) if row.get("parity") is not False else "**no**",
+        parity(),
         ", ".join(f"{rule} {count}" for rule, count in row.get("rules", {}).items()) or "–",
         "–" if "approximated" not in row else ", ".join(row["approximated"]) or "exact",
         _mark(row["shares_forward"]) if "shares_forward" in row else "–",
@@ -217,31 +266,91 @@ def wanted(only: Iterable[str], small: bool) -> list[tuple[Case, str]]:
     return chosen
 
 
+def apart(key: str, limit: float) -> Row:
+    """A row, run in a process of its own."""
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.coverage", "--row", key]
+    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    case, exporter = next((c, e) for c, e in wanted((), False) if f"{c.name} ({e})" == key)
+    with tempfile.TemporaryFile("w+") as log:
+        try:
+            done = subprocess.run(
+                command,
+                cwd=ROOT,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                timeout=limit,
+                env=environment,
+                check=False,
+            )
+            if done.returncode == 0:
+                return json.loads(done.stdout.strip().splitlines()[-1])
+            log.seek(0)
+            error = (log.read().strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        except subprocess.TimeoutExpired:
+            error = f"not done within {limit:g} s"
+    return {"name": case.name, "group": case.group, "exporter": exporter, "composite": case.composite, "error": error}
+
+
+def lacks(case: Case) -> bool:
+    """Whether this Python has not what a row needs."""
+    return importlib.util.find_spec(case.needs) is None
+
+
 @click.command()
 @click.option("--only", multiple=True, help="A model, `model (exporter)` or a group, run again even if it is there.")
 @click.option("--small", is_flag=True, help="The few rows that tests run.")
+@click.option("--group", multiple=True, help="All rows of a group that are not there yet.")
+@click.option("--limit", default=400.0, show_default=True, help="Seconds that a row may take.")
+@click.option("--markdown", is_flag=True, help="Only write the table from the JSON file.")
+@click.option("--row", help="Run this one row here and print it as JSON.")
 @click.option("--fresh", is_flag=True, help="Forget what the JSON file holds.")
 @click.option("--json", "file", type=click.Path(path_type=Path), default=JSON, help="Where rows are kept.")
 @click.option("--table", type=click.Path(path_type=Path), default=TABLE, help="Where the table is written.")
-def main(only: tuple[str, ...], small: bool, fresh: bool, file: Path, table: Path) -> None:
+def main(
+    only: tuple[str, ...],
+    small: bool,
+    group: tuple[str, ...],
+    limit: float,
+    markdown: bool,
+    row: str | None,
+    fresh: bool,
+    file: Path,
+    table: Path,
+) -> None:
     """Run what is missing and write the table."""
-    kept: dict[str, Row] = {}
-    if file.is_file() and not fresh:
-        kept = {_key(row): row for row in json.loads(file.read_text(encoding="utf-8"))}
-    order = {f"{case.name} ({exporter})": i for i, (case, exporter) in enumerate(wanted((), False))}
-    for case, exporter in wanted(only, small):
+    everything = wanted((), False)
+    if row is not None:
+        print(json.dumps(run(*next((c, e) for c, e in everything if f"{c.name} ({e})" == row))))
+        return
+    order = {f"{case.name} ({exporter})": i for i, (case, exporter) in enumerate(everything)}
+    asked = [] if markdown else wanted(only, small)
+    for case, exporter in asked:
         key = f"{case.name} ({exporter})"
-        if key in kept and not only:
+        if (key in kept_in(file, fresh) and not only) or (group and case.group not in group):
             continue
-        row = run(case, exporter)
-        trace = row.pop("trace", "")
-        kept[key] = row
+        if lacks(case):
+            print(f"{key}: left out, there is no {case.needs} here", file=sys.stderr, flush=True)
+            continue
+        found = apart(key, limit)
+        trace = found.pop("trace", "")
+        kept = kept_in(file, fresh) | {key: found}  # read again: another environment may fill in other rows meanwhile
+        fresh = False
         rows = sorted((r for k, r in kept.items() if k in order), key=lambda r: order[_key(r)])
         file.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-        table.write_text(markdown(rows), encoding="utf-8")
-        print(_line(row), flush=True)
-        if row.get("error"):
-            print(f"  {row['error']}\n{trace}", file=sys.stderr, flush=True)
+        table.write_text(written(rows), encoding="utf-8")
+        print(_line(found), flush=True)
+        if found.get("error"):
+            print(f"  {found['error']}\n{trace}", file=sys.stderr, flush=True)
+    if markdown:
+        table.write_text(written(list(kept_in(file, False).values())), encoding="utf-8")
+
+
+def kept_in(file: Path, fresh: bool) -> dict[str, Row]:
+    """Rows that are there, by `model (exporter)`."""
+    if fresh or not file.is_file():
+        return {}
+    return {_key(row): row for row in json.loads(file.read_text(encoding="utf-8"))}
 
 
 def _key(row: Row) -> str:

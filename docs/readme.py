@@ -13,6 +13,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import onnx
+
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 BLOCK = re.compile(r"```console\n\$ (?P<command>[^\n]*)\n(?P<output>.*?)```", re.DOTALL)
@@ -39,7 +41,9 @@ def run(command: str, folder: Path) -> str:
 
 
 def operators() -> str:
-    """Operators by family, from the registry."""
+    """Operators by family, from the registry, and those that canonizers write as others."""
+    from onnxcrp.canonize.contrib import EXPANDED
+    from onnxcrp.canonize.recurrent import GATES
     from onnxcrp.ops import CARRIES_NONE, FAMILIES, OPS
 
     rows = ["| family | operators | what it is |", "|---|---|---|"]
@@ -49,7 +53,14 @@ def operators() -> str:
     depends = sorted(op.name for op in OPS.values() if callable(op.family))
     rows.append(f"| as the node is | {', '.join(depends)} | a Mul of two tensors is a product, by a constant a scale |")
     rows.append(f"| carries none | {', '.join(sorted(CARRIES_NONE))} | shapes, positions, truth values |")
-    return "\n".join(rows)
+    rewritten = {"Gemm", "If", "Loop", "Scan", "Swish", "RMSNormalization", *EXPANDED, *GATES}
+    rewritten |= {"QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger", "Upsample"}
+    rows.append(
+        f"| written as others first | {', '.join(sorted(rewritten))} | `onnxcrp inspect` tells what became of them |"
+    )
+    standard = {schema.name for schema in onnx.defs.get_all_schemas() if not schema.domain}
+    found = len(standard & {*OPS, *CARRIES_NONE})
+    return f"{found} operators of the ONNX standard have a transpose or carry no relevance:\n\n" + "\n".join(rows)
 
 
 def presets() -> str:

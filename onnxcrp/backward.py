@@ -704,11 +704,11 @@ class _Writer:
 
 
 _BROADCASTING = frozenset(
-    ["Add", "Sub", "Sum", "Mean", "Mul", "Div", "Pow", "PRelu", "Expand", "Where", "Max", "Min", "MatMul"]
+    ["Add", "Sub", "Sum", "Mean", "Mul", "Div", "Pow", "Mod", "PRelu", "Expand", "Where", "Max", "Min", "MatMul"]
 )
 
 # Operators whose rounding a message takes for the identity.
-_APPROXIMATED = frozenset({"QuantizeLinear", "Round", "Floor", "Ceil"})
+_APPROXIMATED = frozenset({"QuantizeLinear", "DynamicQuantizeLinear", "Round", "Floor", "Ceil"})
 
 
 class _View(Node):

@@ -28,9 +28,14 @@ _PREPROCESSING = frozenset(
 ) | {"QuantizeLinear", "DequantizeLinear", "BatchNormalization"}
 
 
-# Ops of which only the first input is content.
+# Ops of which only the first input is content; the others are shapes, positions and bounds.
 _CONTENT = frozenset(
-    ["Reshape", "Expand", "Slice", "Resize", "Tile", "Clip", "Unsqueeze", "Squeeze", "Pad", "Pow", "CumSum", "TopK"]
+    """Reshape Expand Slice Resize Tile Clip Unsqueeze Squeeze Pad Pow Mod CastLike CumSum TopK Trilu Compress MaxUnpool
+    ReverseSequence GatherElements GatherND GridSample DFT""".split()  # noqa: SIM905
+)
+_FIRST_ONLY = frozenset(["TopK", "MaxPool", "DynamicQuantizeLinear"])  # the others are positions, scales
+_ALONG_AN_AXIS = frozenset(
+    """Concat Split Gather Softmax LogSoftmax TopK GatherElements ScatterElements Compress LpNormalization""".split()  # noqa: SIM905
 )
 _SYMBOLS = frozenset(np.dtype(kind) for kind in (np.int64, np.int32, np.bool_))
 _SAME_IDS = frozenset(["Cast", "Reshape", "Squeeze", "Unsqueeze", "Identity", "Flatten"])
@@ -120,7 +125,9 @@ class Facts:
             return []
         found = [i for i, tensor in enumerate(node.inputs) if tensor.name in self.data]
         if node.op in _CONTENT:
-            found = [i for i in found if i == 0]  # the others are shapes, positions and bounds
+            found = [i for i in found if i == 0]
+        elif node.op in ("ScatterElements", "ScatterND"):
+            found = [i for i in found if i != 1]
         elif node.op == "Gather":
             found = [i for i in found if i == isinstance(node.inputs[0], gs.Constant)]  # token ids, or what is picked
         elif node.op == "Where":
@@ -148,7 +155,8 @@ class Facts:
             if any(t.name in looked_up for t in node.inputs) and not _is_lookup(node):
                 continue  # positions and masks made from token ids
             if self.carries(node):
-                self.data.update(tensor.name for tensor in node.outputs)
+                values = node.outputs[:1] if node.op in _FIRST_ONLY else node.outputs
+                self.data.update(tensor.name for tensor in values)
         return self.data
 
     def _token_ids(self, symbols: set[str]) -> set[str]:
@@ -361,8 +369,17 @@ class Facts:
                 out = rank + (len(axes.values) if node.op == "Unsqueeze" else 0)
                 return "changes axis 0" if 0 in [int(a) % out for a in axes.values] else None
             return "drops axes it does not name" if node.op == "Squeeze" else None
-        if node.op in ("Concat", "Split", "Gather", "Softmax", "LogSoftmax", "CumSum"):
-            default = {"Softmax": -1, "LogSoftmax": -1}.get(node.op, 0)
+        if node.op in ("GatherND", "ScatterND"):
+            return None if node.attrs.get("batch_dims", 0) else "picks samples by index"
+        if node.op == "ReverseSequence":
+            return "has time on axis 0" if node.attrs.get("time_axis", 0) == 0 else None
+        if node.op == "CumSum":
+            axis = node.inputs[1]
+            return (
+                None if isinstance(axis, gs.Constant) and int(axis.values.reshape(())) % rank else "works along axis 0"
+            )
+        if node.op in _ALONG_AN_AXIS:
+            default = {"Softmax": -1, "LogSoftmax": -1, "TopK": -1, "LpNormalization": -1}.get(node.op, 0)
             return "works along axis 0" if int(node.attrs.get("axis", default)) % rank == 0 else None
         if node.op.startswith("Reduce"):
             axes = node.inputs[1] if len(node.inputs) > 1 else None

@@ -397,9 +397,10 @@ def softmax(layer: Layer, R: Value) -> Value:
 def layernorm(layer: Layer, R: Value) -> Value:
     """Layer normalization (AttnLRP Prop. 3.4): the mean is differentiated, sigma held constant.
 
-    s = R / stab(y), y with the bias; u = s gamma / sigma; R_in = x . (u - mean(u)). RMS normalization passes.
+    s = R / stab(y), y with the bias; u = s gamma / sigma; R_in = x . (u - mean(u)). RMS normalization and that to unit
+    length pass.
     """
-    if layer.node.op == "RmsNorm":
+    if layer.node.op in ("RmsNorm", "LpNormalization"):
         return R
     n = Normalization(layer.op, layer.node)
     u = R / layer.stab(layer.z) * (n.gamma / n.sigma)

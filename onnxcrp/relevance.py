@@ -130,7 +130,7 @@ class RelevanceModels:
     @cached_property
     def is_quantized(self) -> bool:
         """Whether activations are rounded: the runtime's fusions then move values by whole steps, so it gets none."""
-        return any(node.op == "QuantizeLinear" for node in self.facts.nodes)
+        return any(node.op in ("QuantizeLinear", "DynamicQuantizeLinear") for node in self.facts.nodes)
 
     def is_batched(self, name: str) -> bool:
         """Whether axis 0 of this input counts samples."""

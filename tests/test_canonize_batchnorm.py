@@ -331,3 +331,53 @@ def test_one_channel_may_not_grow():
         c=random(3, 1, 1),
     )
     assert ops(check(model)) == ["Conv", "Mul"]
+
+
+def test_what_stands_behind_moved_axes_folds():
+    """Channels last, as Keras writes its layers: bias, mean, scale and shift on the last axis."""
+    model = parse(
+        """net (float[N,4,6,5] x) => (float[] y) {
+            z = Conv(x, w)
+            t = Transpose<perm=[0,2,3,1]>(z)
+            c = Sub(t, mean)
+            s = Mul(c, gamma)
+            a = Add(s, beta)
+            y = Relu(a) }""",
+        w=random(6, 4, 3, 3),
+        mean=random(6),
+        gamma=random(1, 1, 1, 6),
+        beta=random(6, seed=3),
+    )
+    assert ops(check(model)) == ["Conv", "Transpose", "Relu"]
+
+
+def test_a_convolution_of_one_row_gets_its_bias():
+    """Conv1D as TensorFlow lowers it: the row is squeezed out before the bias is added."""
+    model = parse(
+        """net (float[N,4,1,9] x) => (float[] y) {
+            z = Conv(x, w)
+            t = Squeeze(z, axes)
+            y = Add(t, b) }""",
+        w=random(6, 4, 1, 3),
+        axes=np.array([2]),
+        b=random(6, 1),
+    )
+    assert ops(check(model)) == ["Conv", "Squeeze"]
+
+
+def test_what_is_no_constant_per_channel_stays_behind_moved_axes():
+    model = parse(
+        """net (float[N,4,6,5] x) => (float[] y, float[] also) {
+            z = Conv(x, w)
+            t = Transpose<perm=[0,2,3,1]>(z)
+            y = Add(t, rows)
+            m = Conv(x, v)
+            also = Transpose<perm=[0,2,3,1]>(m)
+            used = Add(also, b)
+            u = Relu(used) }""",
+        w=random(6, 4, 3, 3),
+        v=random(6, 4, 3, 3, seed=5),
+        rows=random(4, 1, 1),
+        b=random(6),
+    )
+    assert ops(check(model)).count("Add") == 1  # of the rows; the other is read by nobody

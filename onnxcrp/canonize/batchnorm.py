@@ -8,8 +8,9 @@ BatchNorm in inference is a scale and a shift per channel, y = s z + t with
 
     W'_o = s_o W_o,    b'_o = s_o b_o + t_o.
 
-Mul, Div, Add and Sub by a constant per output channel are the same with t = 0 or s = 1. Grouped convolutions scale
-rows of W [out, in/group, k...]; ConvTranspose has W [in, out/group, k...], where output o = g out/group + j is
+Mul, Div, Add and Sub by a constant per output channel are the same with t = 0 or s = 1. They may stand behind
+Transpose, Squeeze and Unsqueeze, as where channels come last: those move channels and change none. Grouped convolutions
+scale rows of W [out, in/group, k...]; ConvTranspose has W [in, out/group, k...], where output o = g out/group + j is
 W[g-th block, j].
 
 *Before* a layer z = W (s a + t) + b:
@@ -45,6 +46,7 @@ from onnxcrp.canonize.edit import (
 )
 from onnxcrp.canonize.report import PassReport
 
+MOVES = {"Transpose", "Squeeze", "Unsqueeze"}
 Affine = tuple[np.ndarray, np.ndarray]  # s, t: [C] or [1], float64
 
 
@@ -63,8 +65,8 @@ def fold_batchnorm(graph: gs.Graph) -> PassReport:
             continue
         data, affine = found
         op = describe(node)
-        layer = producer(data)
-        before = _fold_after(layer, node, data, affine, names, pins)
+        layer, moves, _ = _source(data)
+        before = _fold_after(layer, moves, node, affine, names, pins)
         if before is None:
             assert layer is not None
             report.done.append(f"{op}: folded into {describe(layer)} before it")
@@ -98,18 +100,49 @@ def _batchnorm(node: gs.Node, pins: set[str]) -> tuple[gs.Tensor, Affine] | str:
     return node.inputs[0], (s, beta - s * mean)
 
 
+def _source(data: gs.Tensor) -> tuple[gs.Node | None, list[gs.Node], int | None]:
+    """The node whose output `data` is, what has moved its axes since, and the axis of its channels in `data`."""
+    moves: list[gs.Node] = []
+    maker = producer(data)
+    while maker is not None and maker.op in MOVES and not maker.domain:
+        moves.insert(0, maker)
+        maker = producer(maker.inputs[0])
+    if maker is None or maker.op not in LINEAR:
+        return producer(data), [], 1
+    axes = rank(maker.outputs[0])
+    channel = None if axes is None else axes - 1 if maker.op == "Linear" else 1
+    for move in moves:
+        channel = None if channel is None else _moved(move, channel)
+    return maker, moves, channel
+
+
+def _moved(move: gs.Node, axis: int) -> int | None:
+    """Where a Transpose, Squeeze or Unsqueeze puts an axis; None where that is not known."""
+    before, after = rank(move.inputs[0]), rank(move.outputs[0])
+    if before is None or after is None:
+        return None
+    if move.op == "Transpose":
+        return list(move.attrs.get("perm") or range(before)[::-1]).index(axis)
+    axes = value(move, 1)
+    if axes is None:
+        return None
+    named = {int(a) % (before if move.op == "Squeeze" else after) for a in np.ravel(axes)}
+    if move.op == "Squeeze":
+        return None if axis in named else axis - sum(a < axis for a in named)
+    return [a for a in range(after) if a not in named][axis]
+
+
 def _constant(node: gs.Node) -> tuple[gs.Tensor, Affine] | None:
     """s and t of Mul, Div, Add, Sub after a linear layer; None if that is not what the node is."""
     constants = [value(node, 0), value(node, 1)]
     index = 0 if constants[0] is not None else 1
     constant, data = constants[index], node.inputs[1 - index]
-    layer = producer(data)
+    layer, _, channel = _source(data)
     if constant is None or constant.dtype.kind != "f" or layer is None or layer.op not in LINEAR:
         return None
     axes = rank(data)
-    if axes is None or constant.ndim > axes:
+    if axes is None or channel is None or constant.ndim > axes:
         return None
-    channel = axes - 1 if layer.op == "Linear" else 1
     sizes = [1] * (axes - constant.ndim) + list(constant.shape)
     if any(size != 1 for axis, size in enumerate(sizes) if axis != channel):
         return None
@@ -154,14 +187,14 @@ def _parameters(layer: gs.Node) -> str | None:
 
 
 def _fold_after(
-    layer: gs.Node | None, node: gs.Node, data: gs.Tensor, affine: Affine, names: Names, pins: set[str]
+    layer: gs.Node | None, moves: list[gs.Node], node: gs.Node, affine: Affine, names: Names, pins: set[str]
 ) -> str | None:
-    """y = s (W a + b) + t; the reason if it cannot be, None if it is done."""
+    """y = s (W a + b) + t, moved or not; the reason if it cannot be, None if it is done."""
     if layer is None or layer.op not in LINEAR:
         return "no linear layer before it"
-    if only_reader(data, pins) is None:
+    if any(only_reader(maker.outputs[0], pins) is None for maker in (layer, *moves)):
         return f"the output of {describe(layer)} is read by others too"
-    if layer.op == "Linear" and node.op == "BatchNormalization" and rank(data) != 2:
+    if node.op == "BatchNormalization" and _source(node.inputs[0])[2] != 1:
         return f"axis 1 is not the output axis of {describe(layer)}"
     if reason := _parameters(layer):
         return reason
@@ -182,7 +215,7 @@ def _fold_after(
     _write(layer, scaled, np.broadcast_to(shifted, [out]), names)
     output = node.outputs[0]
     detach(node)
-    set_output(layer, output)
+    set_output(moves[-1] if moves else layer, output)
     return None
 
 

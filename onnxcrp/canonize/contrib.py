@@ -28,7 +28,7 @@ from onnxcrp.ops.registry import claimed
 MICROSOFT = "com.microsoft"
 CONV = ("auto_pad", "dilations", "group", "kernel_shape", "pads", "strides")
 EXPANDED = {"Attention", "RotaryEmbedding", "LinearAttention", "CausalConvWithState", "SwiGLU"}
-EXPANDED |= {"MeanVarianceNormalization", "CenterCropPad"}
+EXPANDED |= {"MeanVarianceNormalization", "CenterCropPad", "ReduceSumSquare", "ReduceLogSum"}
 LAYOUT = "its layout is a processor's own: save the model with optimization level 'extended', not 'all'"
 NHWC = "its channels are last: save the model with optimization level 'extended', not 'all'"
 CACHE = "keys and values are cached (past, present): export without a cache"
@@ -60,8 +60,9 @@ def expand_composites(graph: gs.Graph) -> PassReport:
     FusedMatMul, FusedGemm, FusedConv (with what they add and activate), Gelu with bias or by another name,
     SimplifiedLayerNormalization (RmsNorm), SkipLayerNormalization (Add, Add of the bias, norm),
     EmbedLayerNormalization (Gather each, Add, norm), Attention and MultiHeadAttention without a cache. Attention,
-    RotaryEmbedding, LinearAttention, CausalConvWithState, SwiGLU, MeanVarianceNormalization and CenterCropPad of the
-    standard are replaced by their function bodies. Operators of other domains stay, with the reason.
+    RotaryEmbedding, LinearAttention, CausalConvWithState, SwiGLU, MeanVarianceNormalization, CenterCropPad,
+    ReduceSumSquare and ReduceLogSum of the standard are replaced by their function bodies. Operators of other domains
+    stay, with the reason.
     """
     report = PassReport("composite operators")
     while True:

@@ -140,24 +140,26 @@ class _Form:
 
     def transpose_before(self, node: gs.Node, perm: list[int]) -> None:
         name = self.names.fresh(f"{node.name}/Transpose")
-        flipped = gs.Variable(self.names.fresh(f"{name}_output"), dtype=node.inputs[0].dtype)
+        shape = _permuted(node.inputs[0], perm)
+        flipped = gs.Variable(self.names.fresh(f"{name}_output"), dtype=node.inputs[0].dtype, shape=shape)
         before, _ = self.new.setdefault(id(node), ([], []))
         before.append(gs.Node("Transpose", name, {"perm": perm}, [node.inputs[0]], [flipped]))
         set_input(node, 0, flipped)
 
     def transpose_after(self, node: gs.Node, perm: list[int]) -> None:
-        self.after(node, "Transpose", {"perm": perm})
+        shape = _permuted(node.outputs[0], [int(axis) for axis in np.argsort(perm)])
+        self.after(node, "Transpose", {"perm": perm}, shape=shape)
 
     def squeeze_after(self, node: gs.Node) -> None:
         """The product with a vector has one column less: the last axis goes."""
         axes = gs.Constant(self.names.fresh(f"{node.name}/axes"), np.array([-1], np.int64))
         self.after(node, "Squeeze", {}, axes)
 
-    def after(self, node: gs.Node, op: str, attrs: dict, *more: gs.Tensor) -> None:
-        """Put what `node` gives through one more node."""
+    def after(self, node: gs.Node, op: str, attrs: dict, *more: gs.Tensor, shape: list | None = None) -> None:
+        """Put what `node` gives, of that shape, through one more node."""
         name = self.names.fresh(f"{node.name}/{op}")
         output = node.outputs[0]
-        raw = gs.Variable(self.names.fresh(f"{node.name}_output"), dtype=output.dtype)
+        raw = gs.Variable(self.names.fresh(f"{node.name}_output"), dtype=output.dtype, shape=shape)
         set_output(node, raw)
         _, after = self.new.setdefault(id(node), ([], []))
         after.append(gs.Node(op, name, attrs, [raw, *more], [output]))
@@ -211,6 +213,10 @@ class _Form:
         output = add.outputs[0]
         detach(add)
         set_output(node, output)
+
+
+def _permuted(tensor: gs.Tensor, perm: list[int]) -> list | None:
+    return None if tensor.shape is None else [tensor.shape[axis] for axis in perm]
 
 
 def _row(constant: np.ndarray, out: int) -> np.ndarray | None:

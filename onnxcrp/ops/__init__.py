@@ -1,6 +1,17 @@
 """How a message travels back through each ONNX op; files by family, functions named as the op."""
 
-from onnxcrp.ops import activations, arithmetic, attention, kernels, linear, normalization, pooling, rearrange
+from onnxcrp.ops import (
+    activations,
+    arithmetic,
+    attention,
+    indexing,
+    kernels,
+    linear,
+    normalization,
+    pooling,
+    rearrange,
+    sampling,
+)
 from onnxcrp.ops.registry import (
     BUILT_IN,
     CARRIES_NONE,
@@ -33,11 +44,13 @@ __all__ = [
     "arithmetic",
     "attention",
     "carries_none",
+    "indexing",
     "kernels",
     "linear",
     "normalization",
     "pooling",
     "rearrange",
+    "sampling",
     "supported",
     "transpose",
 ]

@@ -254,6 +254,12 @@ def shrink(op: Graph, node: Node, x: Value, y: Value) -> Value:
     return op.float(op.Abs(x) > float(node.attrs.get("lambd", 0.5)))
 
 
+@activation("Mod")
+def modulo(op: Graph, node: Node, x: Value, y: Value) -> Value:
+    """1: the divisor is taken off a whole number of times."""
+    return op.as_value(1.0)
+
+
 @activation("Round", "Floor", "Ceil", sign=KEEPS)
 def rounding(op: Graph, node: Node, x: Value, y: Value) -> Value:
     """1: rounding is taken for the identity (straight through)."""

@@ -65,7 +65,7 @@ def _cast_sign(node: gs.Node, nonnegative: set[str]) -> bool:
     return node.inputs[0].name in nonnegative or (dtype is not None and np.dtype(dtype).kind == "u")
 
 
-@transpose("Cast", family="scale", sign=_cast_sign)
+@transpose("Cast", "CastLike", family="scale", sign=_cast_sign)
 def cast(op: Graph, node: Node, s: Value) -> Value:
     """s: rounding is taken for the identity."""
     return s
@@ -82,7 +82,7 @@ def _dequantize_sign(node: gs.Node, nonnegative: set[str]) -> bool:
     return dtype is not None and np.dtype(dtype).kind == "u"
 
 
-@transpose("QuantizeLinear", family="scale", sign=KEEPS)
+@transpose("QuantizeLinear", "DynamicQuantizeLinear", family="scale", sign=KEEPS)
 def quantize(op: Graph, node: Node, s: Value) -> Value:
     """s: rounding is taken for the identity."""
     return s

@@ -280,7 +280,11 @@ def space_to_depth(op: Graph, node: Node, s: Value) -> Value:
 
 carries_none("Shape", "Size", "ConstantOfShape", "Range", "EyeLike", why="made from shapes, not from values")
 carries_none("ArgMax", "ArgMin", "NonZero", "OneHot", why="positions, not values")
+carries_none("Constant", why="the same whatever the input")
+carries_none("SequenceLength", "OptionalHasElement", why="a count or a truth value")
+carries_none("BitShift", "BitwiseAnd", "BitwiseOr", "BitwiseXor", "BitwiseNot", why="bits, not values")
 carries_none("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Not", "And", "Or", "Xor", "IsNaN", "IsInf",
              why="a truth value")  # fmt: skip
-carries_none("RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", why="noise")
+carries_none("RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial",
+             why="noise")  # fmt: skip
 carries_none("Sign", why="piecewise constant")
