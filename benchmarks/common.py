@@ -7,7 +7,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import resource
 import subprocess
 import sys
 import time
@@ -61,15 +60,6 @@ def interleaved(contenders: Mapping[str, Callable[[], Any]], *, rounds: int, war
             if number >= warmup:
                 seconds[name].append(time.perf_counter() - start)
     return {name: Timing.of(each) for name, each in seconds.items()}
-
-
-def peak_memory() -> int:
-    """Largest resident size of this process so far, bytes; rusage would count the process that started it as well."""
-    status = Path("/proc/self/status")
-    if status.is_file():
-        line = next(line for line in status.read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def alone(module: str, *arguments: str) -> dict[str, Any]:

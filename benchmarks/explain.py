@@ -20,7 +20,8 @@ from typing import Any
 import click
 import numpy as np
 
-from benchmarks.common import Timing, alone, interleaved, peak_memory, report, write_json
+from benchmarks.common import Timing, alone, interleaved, report, write_json
+from onnxcrp.analysis.memory import peak_memory
 
 NETS = {  # shape of a sample, late layer as torch names it
     "vgg16": ((3, 224, 224), "features.28"),

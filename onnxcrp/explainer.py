@@ -7,8 +7,10 @@ sample where axis 0 is the batch throughout, else the sample repeated for each. 
 
 from __future__ import annotations
 
+import copy
 import itertools
 import os
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from onnxcrp.canonize import Canonical
     from onnxcrp.composite import Composite
     from onnxcrp.facts import Facts
+    from onnxcrp.profiling import NodeTime
 
 __all__ = ["Explainer", "LayerInfo", "NegativeLogitWarning", "Result"]
 
@@ -195,6 +198,7 @@ class Explainer:
             "unsupported": [{"name": facts.names.of(node), "op": node.op} for node in unsupported],
             "shares_forward": facts.shares_forward,
             "batch_breaks": list(facts.batch_breaks),
+            "quantized": self._models.is_quantized,
         }
 
     # --- asking -------------------------------------------------------------------------------------------------------
@@ -281,6 +285,21 @@ class Explainer:
         remaining = iter(conditions)
         while part_of_them := list(itertools.islice(remaining, count)):
             yield self.explain(feeds, target, conditions=part_of_them, **options)
+
+    def profile(self, x: Any, target: Any = None, *, calls: int = 5, **question: Any) -> list[NodeTime]:
+        """Where the time of `explain(x, target, **question)` goes: nodes as they run, median seconds of a call.
+
+        Measured in sessions of their own (profiling slows them down), after a call that is not counted.
+        """
+        from onnxcrp.profiling import merged, read_profile
+
+        twin = copy.copy(self)
+        with tempfile.TemporaryDirectory(prefix="onnxcrp-", ignore_cleanup_errors=True) as folder:
+            twin._models = self._models.with_sessions(profile=folder)
+            for _ in range(1 + calls):
+                twin.explain(x, target, **question)
+            profiles = [session.end_profile() for session in twin._models.sessions()]
+            return merged(read_profile(path, calls=1 + calls, warmup=1) for path in profiles)
 
     def _rows_of(self, target: Any, rows: slice, batch: int) -> Any:
         """The part of a target or seed that belongs to some of the samples."""

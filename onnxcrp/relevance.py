@@ -95,6 +95,17 @@ class RelevanceModels:
         self._programs: OrderedDict[Plan, _Cell] = OrderedDict()
         self._sizes: dict[tuple[tuple[int, ...], ...], dict[str, int]] = {}
 
+    def with_sessions(self, **options: Any) -> RelevanceModels:
+        """The same relevance models in sessions of their own, with other options."""
+        return RelevanceModels(
+            self.canonical,
+            self.facts,
+            self.composite,
+            compile_options=self._compile_options,
+            session_options={**self._session_options, **options},
+            cache_limit=self.cache_limit,
+        )
+
     # --- layers and inputs --------------------------------------------------------------------------------------------
 
     def layer(self, name: str) -> Layer:
@@ -172,6 +183,11 @@ class RelevanceModels:
                 cell.program = self._compile(plan)
                 self._make_room(plan)
         return cell.program
+
+    def sessions(self) -> list[Any]:
+        """The sessions there are by now."""
+        with self._lock:
+            return [cell.program.session for cell in self._programs.values() if cell.program is not None]
 
     def _make_room(self, newest: Plan) -> None:
         with self._lock:

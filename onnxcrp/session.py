@@ -111,8 +111,8 @@ class Session:
 
     `model` is a path or a ModelProto, which is not changed; above `size_threshold` bytes it goes through a
     temporary folder with external data. `optimize=False` turns off onnxruntime's own graph optimisation, `threads`
-    sets the threads per operator, `log_severity` 4
-    is silent: what goes wrong is raised, onnxruntime would print it once more.
+    sets the threads per operator, `log_severity` 4 is silent: what goes wrong is raised, onnxruntime would print it
+    once more. `profile`: a folder for onnxruntime's profile, which `end_profile` writes.
     Raises ModelError for what onnxruntime cannot load, RuntimeMissingError without onnxruntime or for a provider
     asked for that cannot start.
     """
@@ -126,6 +126,7 @@ class Session:
         threads: int | None = None,
         log_severity: int = 4,
         size_threshold: int = PROTOBUF_LIMIT,
+        profile: str | os.PathLike[str] | None = None,
     ) -> None:
         ort = _onnxruntime()
         chosen = _providers(providers)
@@ -135,6 +136,9 @@ class Session:
         options.log_severity_level = log_severity
         if threads is not None:
             options.intra_op_num_threads = threads
+        if profile is not None:
+            options.enable_profiling = True
+            options.profile_file_prefix = os.fspath(Path(profile) / secrets.token_hex(4))
         names = [name for name, _ in chosen]
         if CUDA in names:
             _load_cuda(ort)
@@ -187,6 +191,10 @@ class Session:
             return dict(zip(wanted, binding.get_outputs(), strict=True))
         except Exception as error:
             raise self._run_error(error, feeds) from error
+
+    def end_profile(self) -> Path:
+        """Stop profiling; the file that onnxruntime wrote."""
+        return Path(self._session.end_profiling())
 
     def _check(self, feeds: Mapping[str, Any], outputs: Sequence[str] | None) -> list[str]:
         """The outputs to compute, after refusing names that the model does not have."""

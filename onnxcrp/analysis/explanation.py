@@ -90,6 +90,19 @@ def read_samples(
     return read_inputs(paths, preprocessing, shape, dtype, input_name=name, others=dict(others))
 
 
+def one_sample(
+    path: str | os.PathLike[str] | None, preprocessing: Preprocessing, canonical: Canonical
+) -> dict[str, np.ndarray] | None:
+    """The one sample of a file as {input: array}, None without a file; raises InputError where there are several."""
+    if path is None:
+        return None
+    samples = read_samples([path], preprocessing, canonical)
+    first = next(samples)
+    if next(samples, None) is not None:
+        raise InputError(f"{path}: holds several samples", hint=f'name one: "{path}[0]"')
+    return dict(first.feeds)
+
+
 def bounded(
     composite: str | os.PathLike[str] | Composite, canonical: Canonical, preprocess: str | None, model: Any
 ) -> Composite:

@@ -21,6 +21,7 @@ COMMANDS = {  # name, which is also the module -> what `onnxcrp --help` says
     "explain": "Heatmaps of samples for targets, conditions and the most relevant concepts.",
     "compile": "Write the relevance model: one ONNX file that also outputs relevance.",
     "verify": "Check outputs, conservation and conditional sums of a model.",
+    "bench": "How fast a model is explained on this machine, and where the time goes.",
 }
 EXAMPLE = "onnxcrp explain fixtures/shapes/net.onnx fixtures/shapes/sample.png --target top -o heatmap.png"
 
