@@ -27,6 +27,7 @@ from onnxcrp.run import Run
 if TYPE_CHECKING:
     import onnx_graphsurgeon as gs
 
+    from onnxcrp.cache import Cache
     from onnxcrp.canonize import Canonical
     from onnxcrp.composite import Composite
     from onnxcrp.facts import Facts
@@ -61,7 +62,9 @@ class Explainer:
     explain after a terminal Softmax or Sigmoid, not before. `providers`, `threads`: onnxruntime's (best first).
     `memory_limit`: bytes that one run may take, roughly; `cache_limit`: bytes of compiled relevance models to keep.
     `low`, `high` (or `preprocessing`: an object that has them, a preset or a file): the range of input values, for
-    composites that need it. Raises ModelError, CompositeError, QuestionError (no such output or input).
+    composites that need it. `cache`: a folder in which canonical and compiled models are kept for the next process
+    (None: what the environment variable ONNXCRP_CACHE names, False: none).
+    Raises ModelError, CompositeError, QuestionError (no such output or input).
     """
 
     def __init__(
@@ -80,12 +83,18 @@ class Explainer:
         low: Any = None,
         high: Any = None,
         flip_convolutions: bool = True,
+        cache: str | os.PathLike[str] | bool | Cache | None = None,
     ) -> None:
+        from onnxcrp.cache import Cache
         from onnxcrp.canonize import Canonical, canonize
         from onnxcrp.composite import load
         from onnxcrp.facts import Facts
 
-        self.canonical: Canonical = model if isinstance(model, Canonical) else canonize(model)
+        stored = Cache.of(cache)
+        if isinstance(model, Canonical):
+            self.canonical: Canonical = model
+        else:
+            self.canonical = canonize(model) if stored is None else stored.canonical(model)
         self.facts: Facts = Facts(self.canonical, output=output, inputs=inputs, keep_head=keep_head)
         self.composite: Composite = _bounded(load(composite), self.facts, preprocessing, low, high)
         self.memory_limit = memory_limit
@@ -101,6 +110,7 @@ class Explainer:
             },
             session_options={"providers": providers, "threads": threads},
             cache_limit=cache_limit,
+            cache=stored,
         )
 
     # --- what the model is --------------------------------------------------------------------------------------------

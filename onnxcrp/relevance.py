@@ -6,7 +6,7 @@ import json
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -17,13 +17,16 @@ from onnxcrp.errors import InputError, QuestionError
 from onnxcrp.inputs import check_array
 
 if TYPE_CHECKING:
+    import onnx
     import onnx_graphsurgeon as gs
 
+    from onnxcrp.cache import Cache
     from onnxcrp.canonize import Canonical
     from onnxcrp.composite import Composite
     from onnxcrp.facts import Facts
 
 Shape = tuple[int | str | None, ...]
+SIZE = "onnxcrp.bytes_of_weights"  # in the metadata of what is run here
 
 
 @dataclass(frozen=True)
@@ -85,9 +88,11 @@ class RelevanceModels:
         compile_options: Mapping[str, Any],
         session_options: Mapping[str, Any],
         cache_limit: int,
+        cache: Cache | None = None,
     ) -> None:
         self.canonical, self.facts, self.composite = canonical, facts, composite
         self.cache_limit = cache_limit  # bytes of compiled relevance models to keep
+        self._cache = cache
         self._compile_options = compile_options
         self._session_options = session_options
         self._lock = threading.Lock()
@@ -199,14 +204,50 @@ class RelevanceModels:
                     del self._programs[plan]
 
     def _compile(self, plan: Plan) -> Program:
-        from onnxcrp.backward import compile
-        from onnxcrp.session import Session
+        from onnxcrp.session import CPU, Session, providers
 
-        composite = self.composite if plan.seed == self.composite.seed else replace(self.composite, seed=plan.seed)
+        def start(model: Any, *, optimize: bool = True, optimized: Any = None) -> Session:
+            optimize = optimize and not self.is_quantized
+            return Session(model, optimize=optimize, optimized=optimized, **self._session_options)
+
+        if self._cache is None:
+            model = self._write(plan)
+            session, metadata = start(model), {entry.key: entry.value for entry in model.metadata_props}
+        else:
+            chosen = providers(self._session_options.get("providers"))
+            key: dict[str, Any] = {
+                "sha256": self.canonical.sha256,
+                "composite": self._composite(plan).text,
+                "plan": asdict(plan),
+            }
+            key |= {"options": dict(self._compile_options), "providers": chosen}
+            cpu = [name for name, _ in chosen] == [CPU]
+            session, metadata = self._cache.session(key, lambda: self._write(plan), start, cpu=cpu)
+        names = json.loads(metadata["onnxcrp.map"])
+        relevance = {f"input/{name}": output for name, output in names["inputs"].items()}
+        relevance |= {f"layer/{name}": output for name, output in names["relevance"].items()}
+        return Program(
+            session=session,
+            feeds=_feeds(names),
+            relevance=relevance,
+            activation=names["activation"],
+            explained=names["explained"],
+            outputs=names["outputs"],
+            shares_forward=json.loads(metadata["onnxcrp.facts"])["shares_forward"],
+            size=int(metadata[SIZE]),
+        )
+
+    def _composite(self, plan: Plan) -> Composite:
+        return self.composite if plan.seed == self.composite.seed else replace(self.composite, seed=plan.seed)
+
+    def _write(self, plan: Plan) -> onnx.ModelProto:
+        """The relevance model of a plan; its masks and targets have no defaults."""
+        from onnxcrp.backward import compile
+
         with self._compiling:
             model = compile(
                 self.canonical,
-                composite,
+                self._composite(plan),
                 conditions=plan.conditions,
                 record=plan.record,
                 activations=plan.record,
@@ -217,28 +258,15 @@ class RelevanceModels:
                 store_weights=self.is_quantized,  # which runs without the runtime's folding
                 **self._compile_options,
             )
-        meta = {entry.key: entry.value for entry in model.metadata_props}
-        names = json.loads(meta["onnxcrp.map"])
-        feeds = {f"mask.{layer}": name for layer, name in names["masks"].items()}
-        feeds |= {f"seed.{layer}": name for layer, name in names["seeds"].items()}
-        if names["target"]:
-            feeds["target"] = names["target"]
+        names = next(json.loads(entry.value) for entry in model.metadata_props if entry.key == "onnxcrp.map")
         # all of them are always fed, and onnxruntime binds no initializer to a device
+        fed = set(_feeds(names).values())
         for at in reversed(range(len(model.graph.initializer))):
-            if model.graph.initializer[at].name in feeds.values():
+            if model.graph.initializer[at].name in fed:
                 del model.graph.initializer[at]
-        relevance = {f"input/{name}": output for name, output in names["inputs"].items()}
-        relevance |= {f"layer/{name}": output for name, output in names["relevance"].items()}
-        return Program(
-            session=Session(model, optimize=not self.is_quantized, **self._session_options),
-            feeds=feeds,
-            relevance=relevance,
-            activation=names["activation"],
-            explained=names["explained"],
-            outputs=names["outputs"],
-            shares_forward=json.loads(meta["onnxcrp.facts"])["shares_forward"],
-            size=sum(len(tensor.raw_data) for tensor in model.graph.initializer),
-        )
+        size = sum(len(tensor.raw_data) for tensor in model.graph.initializer)
+        model.metadata_props.add(key=SIZE, value=str(size))
+        return model
 
     # --- sizes --------------------------------------------------------------------------------------------------------
 
@@ -282,6 +310,13 @@ class RelevanceModels:
             for port in [*model.graph.value_info, *model.graph.output]
             if port.type.tensor_type.HasField("shape")
         }
+
+
+def _feeds(names: Mapping[str, Any]) -> dict[str, str]:
+    """Role ("target", "mask.<layer>", "seed.<layer>") -> input, from the map in a relevance model's metadata."""
+    feeds = {f"mask.{layer}": name for layer, name in names["masks"].items()}
+    feeds |= {f"seed.{layer}": name for layer, name in names["seeds"].items()}
+    return feeds | ({"target": names["target"]} if names["target"] else {})
 
 
 def shape_of(tensor: gs.Tensor) -> Shape:

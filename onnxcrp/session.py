@@ -112,7 +112,8 @@ class Session:
     `model` is a path or a ModelProto, which is not changed; above `size_threshold` bytes it goes through a
     temporary folder with external data. `optimize=False` turns off onnxruntime's own graph optimisation, `threads`
     sets the threads per operator, `log_severity` 4 is silent: what goes wrong is raised, onnxruntime would print it
-    once more. `profile`: a folder for onnxruntime's profile, which `end_profile` writes.
+    once more. `profile`: a folder for onnxruntime's profile, which `end_profile` writes. `optimized`: a file that the
+    optimised graph is written to, to be loaded with `optimize=False` on the same kind of machine.
     Raises ModelError for what onnxruntime cannot load, RuntimeMissingError without onnxruntime or for a provider
     asked for that cannot start.
     """
@@ -127,6 +128,7 @@ class Session:
         log_severity: int = 4,
         size_threshold: int = PROTOBUF_LIMIT,
         profile: str | os.PathLike[str] | None = None,
+        optimized: str | os.PathLike[str] | None = None,
     ) -> None:
         ort = _onnxruntime()
         chosen = _providers(providers)
@@ -139,6 +141,10 @@ class Session:
         if profile is not None:
             options.enable_profiling = True
             options.profile_file_prefix = os.fspath(Path(profile) / secrets.token_hex(4))
+        if optimized is not None:
+            options.optimized_model_filepath = os.fspath(optimized)
+            data = f"{Path(optimized).name}.data"
+            options.add_session_config_entry("session.optimized_model_external_initializers_file_name", data)
         names = [name for name, _ in chosen]
         if CUDA in names:
             _load_cuda(ort)

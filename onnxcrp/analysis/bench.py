@@ -124,7 +124,7 @@ def bench(
     from onnxcrp.session import Session
 
     progress("compiling")
-    explainer = Explainer(canonical or canonize(model), composite, **options)
+    explainer = Explainer(canonical or canonize(model), composite, cache=False, **options)
     feeds = sample(explainer.facts) if x is None else x
     question: dict[str, Any] = {"target": _one_class(explainer, feeds, target), "seed": "abs"}
     layer, asked = _conditions(explainer, layer, conditions)
@@ -348,7 +348,7 @@ def _child(spec: Mapping[str, Any], arrays: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="onnxcrp-") as folder:
         rules = Path(folder) / "composite.toml"
         rules.write_text(spec["composite"], encoding="utf-8")
-        explainer = Explainer(canonical, rules, **spec["options"])
+        explainer = Explainer(canonical, rules, cache=False, **spec["options"])
     asked = [{spec["layer"]: [channel]} for channel in range(spec["conditions"])] or None
     explainer.explain(feeds, conditions=asked, **spec["question"])
     lap("first answer")

@@ -54,9 +54,11 @@ def open_model(
     **options: Any,
 ) -> tuple[Explainer, Preprocessing]:
     """An Explainer of the file and the preprocessing of its main input; `options` go to the Explainer."""
+    from onnxcrp.cache import Cache
     from onnxcrp.canonize import canonize
 
-    canonical = canonize(model)
+    cache = Cache.of(options.get("cache"))
+    canonical = canonize(model) if cache is None else cache.canonical(model)
     preprocessing = preprocessing_of(canonical, preprocess, model)
     return Explainer(canonical, composite, preprocessing=preprocessing, **options), preprocessing
 
