@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-PACKAGES = ("onnxcrp", "onnx", "onnxruntime", "onnxruntime-gpu", "numpy", "torch", "zennit", "zennit-crp")
+PACKAGES = ("onnxcrp", "onnx", "onnxruntime", "onnxruntime-gpu", "numpy", "torch", "zennit", "zennit-crp", "captum")
 
 
 @dataclass(frozen=True)
@@ -49,24 +49,36 @@ class Timing:
         return f"{self.median / unit.median:.2f}{star} ± {spread:.2f}"
 
 
-def interleaved(contenders: Mapping[str, Callable[[], Any]], *, rounds: int, warmup: int = 1) -> dict[str, Timing]:
-    """Run all contenders in turn, `rounds` times, so that a slow minute of the machine hits all of them alike."""
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for number in range(warmup + rounds):
+def interleaved(
+    contenders: Mapping[str, Callable[[], Any]], *, rounds: int, seconds: float | None = None
+) -> dict[str, Timing]:
+    """Run all contenders in turn, `rounds` times, so that a slow minute of the machine hits all of them alike.
+
+    A first round does not count. After `seconds` no new round begins, but one is always measured.
+    """
+    found: dict[str, list[float]] = {name: [] for name in contenders}
+    begin = time.perf_counter()
+    for number in range(1 + rounds):
+        if number > 1 and seconds is not None and time.perf_counter() - begin > seconds:
+            break
         for name, run in contenders.items():
             gc.collect()
             start = time.perf_counter()
             run()
-            if number >= warmup:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: Timing.of(each) for name, each in seconds.items()}
+            if number:
+                found[name].append(time.perf_counter() - start)
+    return {name: Timing.of(each) for name, each in found.items()}
 
 
-def alone(module: str, *arguments: str) -> dict[str, Any]:
+def alone(module: str, *arguments: str, timeout: float | None = None, **environment: str) -> dict[str, Any]:
     """`python -m module arguments` in a process of its own; its last line of output is JSON."""
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", module, *arguments], capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-W", "ignore", "-m", module, *arguments]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, timeout=timeout, env={**os.environ, **environment}
+        )
+    except subprocess.TimeoutExpired:
+        return {"error": f"not done within {timeout:.0f} s"}
     if done.returncode:
         return {"error": (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]}
     return json.loads(done.stdout.strip().splitlines()[-1])

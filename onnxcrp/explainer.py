@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from onnxcrp.canonize import Canonical
     from onnxcrp.composite import Composite
     from onnxcrp.facts import Facts
+    from onnxcrp.kept import Kept
     from onnxcrp.profiling import NodeTime
 
 __all__ = ["Explainer", "LayerInfo", "NegativeLogitWarning", "Result"]
@@ -259,6 +260,17 @@ class Explainer:
         if not return_ortvalue:
             asked.warn(result.explained)
         return result
+
+    def at(self, x: Any) -> Kept:
+        """Samples whose forward pass is kept on the device: `explainer.at(x).explain(target, conditions=...)`.
+
+        Questions are those of `explain`, as often as you like: the forward pass runs once, what all questions of a set
+        of layers share runs once for the set. Raises InputError, and QuestionError where conditions share no forward
+        pass.
+        """
+        from onnxcrp.kept import Kept
+
+        return Kept(self._models, *self._models.check_inputs(x), self.memory_limit)
 
     def stream(
         self,

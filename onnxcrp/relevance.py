@@ -15,6 +15,7 @@ import numpy as np
 from onnxcrp.condition import mask
 from onnxcrp.errors import InputError, QuestionError
 from onnxcrp.inputs import check_array
+from onnxcrp.stages import Staged, split
 
 if TYPE_CHECKING:
     import onnx
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from onnxcrp.canonize import Canonical
     from onnxcrp.composite import Composite
     from onnxcrp.facts import Facts
+    from onnxcrp.session import Session
 
 Shape = tuple[int | str | None, ...]
 SIZE = "onnxcrp.bytes_of_weights"  # in the metadata of what is run here
@@ -44,9 +46,10 @@ class Plan:
 
 @dataclass
 class Program:
-    """A compiled relevance model: its session, and what its inputs and outputs stand for."""
+    """A compiled relevance model: its session (a `Staged` where asked for), what its inputs and outputs stand for."""
 
     session: Any
+    plan: Plan
     feeds: dict[str, str]  # role ("target", "mask.<layer>", "seed.<layer>") -> input
     relevance: dict[str, str]  # "input/<name>" or "layer/<name>" -> output
     activation: dict[str, str]  # layer -> output
@@ -97,7 +100,7 @@ class RelevanceModels:
         self._session_options = session_options
         self._lock = threading.Lock()
         self._compiling = threading.Lock()
-        self._programs: OrderedDict[Plan, _Cell] = OrderedDict()
+        self._programs: OrderedDict[tuple[Plan, bool], _Cell] = OrderedDict()
         self._sizes: dict[tuple[tuple[int, ...], ...], dict[str, int]] = {}
 
     def with_sessions(self, **options: Any) -> RelevanceModels:
@@ -178,23 +181,35 @@ class RelevanceModels:
 
     # --- compiled models ----------------------------------------------------------------------------------------------
 
-    def program(self, plan: Plan) -> Program:
-        """The session of a plan, compiled when first needed and kept while there is room."""
+    def program(self, plan: Plan, *, staged: bool = False) -> Program:
+        """The session of a plan, or its stages, compiled when first needed and kept while there is room."""
+        key = (plan, staged)
         with self._lock:
-            cell = self._programs.setdefault(plan, _Cell())
-            self._programs.move_to_end(plan)
+            cell = self._programs.setdefault(key, _Cell())
+            self._programs.move_to_end(key)
         with cell.lock:  # other plans go on meanwhile
             if cell.program is None:
-                cell.program = self._compile(plan)
-                self._make_room(plan)
+                cell.program = self._compile(plan, staged=staged)
+                self._make_room(key)
         return cell.program
+
+    @property
+    def everything(self) -> Plan:
+        """The question without a condition for the relevance of all inputs."""
+        return Plan(inputs=tuple(self.facts.inputs), seed=self.composite.seed)
+
+    @cached_property
+    def _activations(self) -> list[str]:
+        """What the backward pass of that question reads of the forward pass."""
+        whole = split(model := self._write(self.everything), _questions(model))
+        return [*whole.factors.reads, *whole.messages.reads]
 
     def sessions(self) -> list[Any]:
         """The sessions there are by now."""
         with self._lock:
             return [cell.program.session for cell in self._programs.values() if cell.program is not None]
 
-    def _make_room(self, newest: Plan) -> None:
+    def _make_room(self, newest: tuple[Plan, bool]) -> None:
         with self._lock:
             total = 0
             for plan in reversed(list(self._programs)):
@@ -203,31 +218,31 @@ class RelevanceModels:
                 if total > self.cache_limit and plan != newest and program is not None:
                     del self._programs[plan]
 
-    def _compile(self, plan: Plan) -> Program:
-        from onnxcrp.session import CPU, Session, providers
-
-        def start(model: Any, *, optimize: bool = True, optimized: Any = None) -> Session:
-            optimize = optimize and not self.is_quantized
-            return Session(model, optimize=optimize, optimized=optimized, **self._session_options)
-
-        if self._cache is None:
+    def _compile(self, plan: Plan, *, staged: bool) -> Program:
+        session: Any
+        if staged:
             model = self._write(plan)
-            session, metadata = start(model), {entry.key: entry.value for entry in model.metadata_props}
+            outputs = [port.name for port in model.graph.output]
+            keep = [] if plan == self.everything else self._activations
+            session = Staged(split(model, _questions(model)), outputs, keep, self._start)
+            metadata = _metadata(model)
+        elif self._cache is None:
+            model = self._write(plan)
+            session, metadata = self._start(model), _metadata(model)
         else:
+            from onnxcrp.session import CPU, providers
+
             chosen = providers(self._session_options.get("providers"))
-            key: dict[str, Any] = {
-                "sha256": self.canonical.sha256,
-                "composite": self._composite(plan).text,
-                "plan": asdict(plan),
-            }
-            key |= {"options": dict(self._compile_options), "providers": chosen}
+            key: dict[str, Any] = {"sha256": self.canonical.sha256, "composite": self._composite(plan).text}
+            key |= {"plan": asdict(plan), "options": dict(self._compile_options), "providers": chosen}
             cpu = [name for name, _ in chosen] == [CPU]
-            session, metadata = self._cache.session(key, lambda: self._write(plan), start, cpu=cpu)
+            session, metadata = self._cache.session(key, lambda: self._write(plan), self._start, cpu=cpu)
         names = json.loads(metadata["onnxcrp.map"])
         relevance = {f"input/{name}": output for name, output in names["inputs"].items()}
         relevance |= {f"layer/{name}": output for name, output in names["relevance"].items()}
         return Program(
             session=session,
+            plan=plan,
             feeds=_feeds(names),
             relevance=relevance,
             activation=names["activation"],
@@ -236,6 +251,13 @@ class RelevanceModels:
             shares_forward=json.loads(metadata["onnxcrp.facts"])["shares_forward"],
             size=int(metadata[SIZE]),
         )
+
+    def _start(self, model: Any, *, optimize: bool = True, optimized: Any = None) -> Session:
+        """A session as the caller of this class wants them."""
+        from onnxcrp.session import Session
+
+        optimize = optimize and not self.is_quantized
+        return Session(model, optimize=optimize, optimized=optimized, **self._session_options)
 
     def _composite(self, plan: Plan) -> Composite:
         return self.composite if plan.seed == self.composite.seed else replace(self.composite, seed=plan.seed)
@@ -258,9 +280,8 @@ class RelevanceModels:
                 store_weights=self.is_quantized,  # which runs without the runtime's folding
                 **self._compile_options,
             )
-        names = next(json.loads(entry.value) for entry in model.metadata_props if entry.key == "onnxcrp.map")
         # all of them are always fed, and onnxruntime binds no initializer to a device
-        fed = set(_feeds(names).values())
+        fed = _questions(model)
         for at in reversed(range(len(model.graph.initializer))):
             if model.graph.initializer[at].name in fed:
                 del model.graph.initializer[at]
@@ -310,6 +331,15 @@ class RelevanceModels:
             for port in [*model.graph.value_info, *model.graph.output]
             if port.type.tensor_type.HasField("shape")
         }
+
+
+def _metadata(model: onnx.ModelProto) -> dict[str, str]:
+    return {entry.key: entry.value for entry in model.metadata_props}
+
+
+def _questions(model: onnx.ModelProto) -> set[str]:
+    """The inputs of a relevance model that ask: target, masks, seeds."""
+    return set(_feeds(json.loads(_metadata(model)["onnxcrp.map"])).values())
 
 
 def _feeds(names: Mapping[str, Any]) -> dict[str, str]:

@@ -337,7 +337,7 @@ def _take_constants(graph: onnx.GraphProto, arrays: dict[str, np.ndarray], folde
 def _sort(graph: onnx.GraphProto) -> None:
     """Nodes in topological order, in the file's order where that is one; errors: ModelError for a cycle."""
     made = {output for node in graph.node for output in node.output if output}
-    reads = [[name for name in _reads(node) if name in made] for node in graph.node]
+    reads = [[name for name in names_read(node) if name in made] for node in graph.node]
     done: set[str] = set()
     in_order = True
     for node, names in zip(graph.node, reads, strict=True):
@@ -368,13 +368,13 @@ def _sort(graph: onnx.GraphProto) -> None:
     graph.node.extend(nodes)
 
 
-def _reads(node: onnx.NodeProto) -> Iterator[str]:
+def names_read(node: onnx.NodeProto) -> Iterator[str]:
     """Names a node reads, its subgraphs included."""
     yield from node.input
     for attribute in node.attribute:
         if attribute.type == onnx.AttributeProto.GRAPH:
             for inner in attribute.g.node:
-                yield from _reads(inner)
+                yield from names_read(inner)
             yield from (tensor.name for tensor in attribute.g.output)
 
 
