@@ -50,22 +50,22 @@ class Timing:
 
 
 def interleaved(
-    contenders: Mapping[str, Callable[[], Any]], *, rounds: int, seconds: float | None = None
+    contenders: Mapping[str, Callable[[], Any]], *, rounds: int, seconds: float | None = None, warmup: int = 1
 ) -> dict[str, Timing]:
     """Run all contenders in turn, `rounds` times, so that a slow minute of the machine hits all of them alike.
 
-    A first round does not count. After `seconds` no new round begins, but one is always measured.
+    The first `warmup` rounds do not count. After `seconds` no new round begins, but one is always measured.
     """
     found: dict[str, list[float]] = {name: [] for name in contenders}
     begin = time.perf_counter()
-    for number in range(1 + rounds):
-        if number > 1 and seconds is not None and time.perf_counter() - begin > seconds:
+    for number in range(warmup + rounds):
+        if number > warmup and seconds is not None and time.perf_counter() - begin > seconds:
             break
         for name, run in contenders.items():
             gc.collect()
             start = time.perf_counter()
             run()
-            if number:
+            if number >= warmup:
                 found[name].append(time.perf_counter() - start)
     return {name: Timing.of(each) for name, each in found.items()}
 

@@ -22,7 +22,7 @@ class Contender:
         """One heatmap of one sample."""
 
     def conditions(self, layers: Sequence[str], count: int) -> Run | None:
-        """`count` conditions, each on one channel of every one of `layers`."""
+        """`count` conditions, each on one channel of every one of `layers`, which go from the input up."""
 
 
 class Forward(Contender):
@@ -110,7 +110,8 @@ class ZennitCRP(Contender):
         ask = self._ask()
         if ask is None or not NETS[self.net].channels_first:
             return None
-        asked = [{"y": [TARGET], **{layer: [at] for layer in layers}} for at in range(count)]
+        downwards = list(reversed(layers))  # the order it wants
+        asked = [{"y": [TARGET], **{layer: [at] for layer in downwards}} for at in range(count)]
         return lambda: ask(asked)
 
 

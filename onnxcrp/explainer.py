@@ -61,6 +61,7 @@ class Explainer:
     `model`: path, ModelProto or Canonical. `composite`: preset, file or object. `output`: the model output to explain
     (the first one). `inputs`: those whose relevance is asked for (None: all that relevance reaches). `keep_head`:
     explain after a terminal Softmax or Sigmoid, not before. `providers`, `threads`: onnxruntime's (best first).
+    `allow_tf32`: let CUDA round to TF32, faster and not accurate enough for most rules.
     `memory_limit`: bytes that one run may take, roughly; `cache_limit`: bytes of compiled relevance models to keep.
     `low`, `high` (or `preprocessing`: an object that has them, a preset or a file): the range of input values, for
     composites that need it. `cache`: a folder in which canonical and compiled models are kept for the next process
@@ -80,6 +81,7 @@ class Explainer:
         memory_limit: int = 2 * GIB,
         cache_limit: int = 4 * GIB,
         threads: int | None = None,
+        allow_tf32: bool = False,
         preprocessing: Any = None,
         low: Any = None,
         high: Any = None,
@@ -109,7 +111,7 @@ class Explainer:
                 "keep_head": keep_head,
                 "flip_convolutions": flip_convolutions,
             },
-            session_options={"providers": providers, "threads": threads},
+            session_options={"providers": providers, "threads": threads, "allow_tf32": allow_tf32},
             cache_limit=cache_limit,
             cache=stored,
         )
@@ -237,10 +239,11 @@ class Explainer:
         with, or None for the composite's own. `start`: {layer: concepts} to begin at instead of the target, or a list
         of them; `start_from`: "activation", "one", or "relevance", which is the target's under cut of these concepts.
         `bypass`: "cut" or "keep". `inputs`: those whose relevance is wanted (None: all, (): none). `return_ortvalue`:
-        results stay on the device as they leave the model ([N, ...] for one sample), for what one run can answer.
+        results stay on the device as they leave the model ([N, ...] for one sample), for what one run can answer, and
+        an `x` that speaks DLPack is read where it is (`torch.from_dlpack(result.relevance["x"])` takes a result back).
         Raises InputError, QuestionError, CompositeError, UnsupportedError; warns with NegativeLogitWarning.
         """
-        feeds, batch = self._models.check_inputs(x)
+        feeds, batch = self._models.check_inputs(x, stay=return_ortvalue)
         run = Run(self._models, feeds, batch, self.memory_limit)
         asked = Asked(
             self._models,
@@ -270,7 +273,7 @@ class Explainer:
         """
         from onnxcrp.kept import Kept
 
-        return Kept(self._models, *self._models.check_inputs(x), self.memory_limit)
+        return Kept(self._models, *self._models.check_inputs(x, stay=True), self.memory_limit)
 
     def stream(
         self,

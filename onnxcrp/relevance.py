@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from onnxcrp.condition import mask
+from onnxcrp.device import is_device_array
 from onnxcrp.errors import InputError, QuestionError
-from onnxcrp.inputs import check_array
+from onnxcrp.inputs import check_array, check_device_array
 from onnxcrp.stages import Staged, split
 
 if TYPE_CHECKING:
@@ -156,8 +157,11 @@ class RelevanceModels:
         shape = self.inputs[name][1]
         return bool(shape) and (not isinstance(shape[0], int) or self.fixed is not None)
 
-    def check_inputs(self, x: Any) -> tuple[dict[str, np.ndarray], int]:
-        """{input: array} as the model takes it, and the number of samples; raises InputError."""
+    def check_inputs(self, x: Any, *, stay: bool = False) -> tuple[dict[str, Any], int]:
+        """{input: array} as the model takes it, and the number of samples; raises InputError.
+
+        With `stay`, arrays that speak DLPack are taken where they are, as DeviceArrays; their values are not looked at.
+        """
         known = self.inputs
         if not isinstance(x, Mapping):
             if len(known) > 1:
@@ -169,7 +173,10 @@ class RelevanceModels:
         for name in known:
             if name not in x:
                 raise InputError(f"no value for the model's input {name!r}", hint=f"it takes {', '.join(known)}")
-        feeds = {name: check_array(name, x[name], kind, shape) for name, (kind, shape) in known.items()}
+        feeds = {
+            name: (check_device_array if stay and is_device_array(x[name]) else check_array)(name, x[name], kind, shape)
+            for name, (kind, shape) in known.items()
+        }
         counts = {name: len(array) for name, array in feeds.items() if self.is_batched(name)}
         if len(set(counts.values())) > 1:
             sizes = ", ".join(f"{name} {count}" for name, count in counts.items())
@@ -232,7 +239,8 @@ class RelevanceModels:
         else:
             from onnxcrp.session import CPU, providers
 
-            chosen = providers(self._session_options.get("providers"))
+            asked = self._session_options
+            chosen = providers(asked.get("providers"), allow_tf32=asked.get("allow_tf32", False))
             key: dict[str, Any] = {"sha256": self.canonical.sha256, "composite": self._composite(plan).text}
             key |= {"plan": asdict(plan), "options": dict(self._compile_options), "providers": chosen}
             cpu = [name for name, _ in chosen] == [CPU]
