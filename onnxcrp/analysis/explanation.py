@@ -54,9 +54,11 @@ def open_model(
     **options: Any,
 ) -> tuple[Explainer, Preprocessing]:
     """An Explainer of the file and the preprocessing of its main input; `options` go to the Explainer."""
+    from onnxcrp.cache import Cache
     from onnxcrp.canonize import canonize
 
-    canonical = canonize(model)
+    cache = Cache.of(options.get("cache"))
+    canonical = canonize(model) if cache is None else cache.canonical(model)
     preprocessing = preprocessing_of(canonical, preprocess, model)
     return Explainer(canonical, composite, preprocessing=preprocessing, **options), preprocessing
 
@@ -88,6 +90,19 @@ def read_samples(
     """The samples of these files for this model, one by one; raises InputError."""
     (name, (shape, dtype)), *others = ports(canonical).items()
     return read_inputs(paths, preprocessing, shape, dtype, input_name=name, others=dict(others))
+
+
+def one_sample(
+    path: str | os.PathLike[str] | None, preprocessing: Preprocessing, canonical: Canonical
+) -> dict[str, np.ndarray] | None:
+    """The one sample of a file as {input: array}, None without a file; raises InputError where there are several."""
+    if path is None:
+        return None
+    samples = read_samples([path], preprocessing, canonical)
+    first = next(samples)
+    if next(samples, None) is not None:
+        raise InputError(f"{path}: holds several samples", hint=f'name one: "{path}[0]"')
+    return dict(first.feeds)
 
 
 def bounded(

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -56,12 +57,12 @@ class Source:
 def load(model: str | os.PathLike | onnx.ModelProto) -> Source:
     """Read a path or ModelProto, which is left as it is; errors: ModelError if it is no model, too old or too new."""
     if isinstance(model, onnx.ModelProto):
-        proto, folder, sha256 = model, None, _hash_proto(model)
+        proto, folder, sha256 = model, None, hash_model(model)
     else:
         path = Path(model)
         proto = _read(path)
         folder = path.parent
-        sha256 = _hash_files([path, *sorted({_external_file(t, folder) for t in _tensors(proto) if _is_external(t)})])
+        sha256 = hash_files([path, *_external_files(proto, folder)]).hexdigest()
     opset = _source_opset(proto)
     report = PassReport("load")
     skeleton, arrays = _split(proto, opset, folder, report)
@@ -75,7 +76,7 @@ def load(model: str | os.PathLike | onnx.ModelProto) -> Source:
     scopes = {output: scope for output, node in hints.items() if (scope := _scope(node))}
     names = {output: (node.name, node.op_type) for output, node in hints.items()}
     upgraded = _upgrade(skeleton, opset, arrays, report)
-    graph = _import(upgraded, arrays)
+    graph = import_graph(upgraded, arrays)
     graph.functions = _imported(kept, skeleton)
     for function in kept:
         report.done.append(f"local function {function.domain}::{function.name} kept: it has a transpose of its own")
@@ -155,16 +156,26 @@ def _runtime_knows(opset: int) -> bool:
     return True
 
 
-def _hash_files(paths: Iterable[Path]) -> str:
-    digest = hashlib.sha256()
+def files_of(path: Path) -> list[Path]:
+    """The model file and its files of external data, in the order in which they are hashed."""
+    return [path, *_external_files(_read(path), path.parent)]
+
+
+def _external_files(proto: onnx.ModelProto, folder: Path) -> list[Path]:
+    return sorted({_external_file(tensor, folder) for tensor in _tensors(proto) if _is_external(tensor)})
+
+
+def hash_files(paths: Iterable[Path], start: Any = None) -> Any:
+    """SHA-256 of files one after the other, going on from `start`, which is left as it is."""
+    digest = hashlib.sha256() if start is None else start.copy()
     for path in paths:
         with open(path, "rb") as file:
             while chunk := file.read(1 << 22):
                 digest.update(chunk)
-    return digest.hexdigest()
+    return digest
 
 
-def _hash_proto(model: onnx.ModelProto) -> str:
+def hash_model(model: onnx.ModelProto) -> str:
     """Of the serialized model; weights are hashed one by one where they do not fit into one protobuf."""
     if sum(len(tensor.raw_data) for tensor in model.graph.initializer) < 2**30:
         try:
@@ -360,7 +371,7 @@ def _take_constants(graph: onnx.GraphProto, arrays: dict[str, np.ndarray], folde
 def _sort(graph: onnx.GraphProto) -> None:
     """Nodes in topological order, in the file's order where that is one; errors: ModelError for a cycle."""
     made = {output for node in graph.node for output in node.output if output}
-    reads = [[name for name in _reads(node) if name in made] for node in graph.node]
+    reads = [[name for name in names_read(node) if name in made] for node in graph.node]
     done: set[str] = set()
     in_order = True
     for node, names in zip(graph.node, reads, strict=True):
@@ -391,13 +402,13 @@ def _sort(graph: onnx.GraphProto) -> None:
     graph.node.extend(nodes)
 
 
-def _reads(node: onnx.NodeProto) -> Iterator[str]:
+def names_read(node: onnx.NodeProto) -> Iterator[str]:
     """Names a node reads, its subgraphs included."""
     yield from node.input
     for attribute in node.attribute:
         if attribute.type == onnx.AttributeProto.GRAPH:
             for inner in attribute.g.node:
-                yield from _reads(inner)
+                yield from names_read(inner)
             yield from (tensor.name for tensor in attribute.g.output)
 
 
@@ -445,7 +456,7 @@ def _line(error: Exception) -> str:
     return re.sub(r"^\S*\.(cc|h):\d+: *", "", lines[0])
 
 
-def _import(model: onnx.ModelProto, arrays: dict[str, np.ndarray]) -> gs.Graph:
+def import_graph(model: onnx.ModelProto, arrays: dict[str, np.ndarray]) -> gs.Graph:
     """The skeleton as a graph, its constants those of `arrays`."""
     with quiet():
         graph = gs.import_onnx(model)

@@ -21,6 +21,7 @@ COMMANDS = {  # name, which is also the module -> what `onnxcrp --help` says
     "verify": "Check outputs, conservation and conditional sums of a model.",
     "index": "Reference samples and statistics of all concepts over a dataset: build, merge, show, stats, compare.",
     "concepts": "One prediction in concepts: heatmap, reference samples and share of each, in one picture.",
+    "bench": "How fast a model is explained on this machine, and where the time goes.",
 }
 EXAMPLE = "onnxcrp explain fixtures/shapes/net.onnx fixtures/shapes/sample.png --target top -o heatmap.png"
 

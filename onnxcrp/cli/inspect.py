@@ -124,6 +124,8 @@ def _write(found: dict[str, Any], every: bool) -> None:
     else:
         broken = _some(found["batch_breaks"], len(found["batch_breaks"]) if every else MANY)
         click.echo(f"  the sample is repeated for every condition: axis 0 is not the batch at {broken}")
+    if found["quantized"]:
+        click.echo("  it runs without onnxruntime's graph optimisation, whose fusions move quantized values")
 
 
 def _some(names: Sequence[str], most: int = MANY) -> str:
