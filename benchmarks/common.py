@@ -7,7 +7,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import resource
 import subprocess
 import sys
 import time
@@ -18,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-PACKAGES = ("onnxcrp", "onnx", "onnxruntime", "onnxruntime-gpu", "numpy", "torch", "zennit", "zennit-crp")
+PACKAGES = ("onnxcrp", "onnx", "onnxruntime", "onnxruntime-gpu", "numpy", "torch", "zennit", "zennit-crp", "captum")
 
 
 @dataclass(frozen=True)
@@ -50,33 +49,36 @@ class Timing:
         return f"{self.median / unit.median:.2f}{star} ± {spread:.2f}"
 
 
-def interleaved(contenders: Mapping[str, Callable[[], Any]], *, rounds: int, warmup: int = 1) -> dict[str, Timing]:
-    """Run all contenders in turn, `rounds` times, so that a slow minute of the machine hits all of them alike."""
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+def interleaved(
+    contenders: Mapping[str, Callable[[], Any]], *, rounds: int, seconds: float | None = None, warmup: int = 1
+) -> dict[str, Timing]:
+    """Run all contenders in turn, `rounds` times, so that a slow minute of the machine hits all of them alike.
+
+    The first `warmup` rounds do not count. After `seconds` no new round begins, but one is always measured.
+    """
+    found: dict[str, list[float]] = {name: [] for name in contenders}
+    begin = time.perf_counter()
     for number in range(warmup + rounds):
+        if number > warmup and seconds is not None and time.perf_counter() - begin > seconds:
+            break
         for name, run in contenders.items():
             gc.collect()
             start = time.perf_counter()
             run()
             if number >= warmup:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: Timing.of(each) for name, each in seconds.items()}
+                found[name].append(time.perf_counter() - start)
+    return {name: Timing.of(each) for name, each in found.items()}
 
 
-def peak_memory() -> int:
-    """Largest resident size of this process so far, bytes; rusage would count the process that started it as well."""
-    status = Path("/proc/self/status")
-    if status.is_file():
-        line = next(line for line in status.read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def alone(module: str, *arguments: str) -> dict[str, Any]:
+def alone(module: str, *arguments: str, timeout: float | None = None, **environment: str) -> dict[str, Any]:
     """`python -m module arguments` in a process of its own; its last line of output is JSON."""
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", module, *arguments], capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-W", "ignore", "-m", module, *arguments]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, timeout=timeout, env={**os.environ, **environment}
+        )
+    except subprocess.TimeoutExpired:
+        return {"error": f"not done within {timeout:.0f} s"}
     if done.returncode:
         return {"error": (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]}
     return json.loads(done.stdout.strip().splitlines()[-1])

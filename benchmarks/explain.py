@@ -1,224 +1,250 @@
-"""One heatmap and many conditions: onnxruntime's forward pass, torch's gradient, zennit-crp and onnxcrp in one run.
+"""One net: onnxruntime's forward pass, torch's gradient, zennit, zennit-crp, captum and onnxcrp in one run.
 
     python -m benchmarks.explain [--quick] [--only vgg16 --only ecg] [--json FILE]
 
-All at batch 1 on random weights, composite epsilon_plus_flat; conditions are single channels of a late layer. The
-peer is run up to 16 conditions, in batches of 8, and extrapolated beyond (marked *): 64 on vgg16 need over 24 GB.
+At batch 1 on random weights, in multiples of onnxruntime's forward pass on the same model: one heatmap under every
+composite that fits; conditions (single channels) on a late, a middle and an early layer and on a chain of all three;
+seconds from a fresh process to the first heatmap, without and with a cache; peak memory; size of the files. The peer
+gets 16 conditions in batches of 8, fewer where these take long, and is extrapolated beyond (marked *).
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tempfile
 import time
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 
-from benchmarks.common import Timing, alone, interleaved, peak_memory, report, write_json
+from benchmarks.common import Timing, alone, interleaved, report, write_json
+from benchmarks.contenders import CONTENDERS, TARGET, Contender, one_line
+from benchmarks.nets import HIGH, LOW, NETS, export, sample
 
-NETS = {  # shape of a sample, late layer as torch names it
-    "vgg16": ((3, 224, 224), "features.28"),
-    "resnet50": ((3, 224, 224), "layer4.1.conv2"),
-    "mobilenet_v2": ((3, 224, 224), "features.18.0"),
-    "ecg": ((1, 150), "block3.conv"),
-}
-TARGET, BATCH = 3, 8
-CONDITIONS = (16, 64)
+COUNTS = (16, 64, 256)
+PEER = 16  # conditions that the peer is asked at most
+CHAIN = "chain"
 
 
-def build(name: str) -> Any:
-    """The torch module with random weights, in eval mode."""
-    from tests.support import peers
-
-    peers.load()
-    import torch
-    import torchvision
-
-    from tests.support.nets import ECGNet
-
-    torch.manual_seed(0)
-    return (ECGNet() if name == "ecg" else getattr(torchvision.models, name)(weights=None)).eval()
-
-
-def export(name: str, folder: Path) -> str:
-    """The net as an .onnx file."""
-    import torch
-
-    path = folder / f"{name}.onnx"
-    axes = {"input": {0: "batch"}, "logits": {0: "batch"}}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.onnx.export(
-            build(name), torch.from_numpy(sample(name)), str(path), dynamo=False, input_names=["input"],
-            output_names=["logits"], dynamic_axes=axes,
-        )  # fmt: skip
-    return str(path)
+def heatmaps(net: str, path: str, composite: str, *, rounds: int, seconds: float) -> dict[str, Any]:
+    """One heatmap of every contender: {who: Timing, or why there is none}."""
+    found: dict[str, Any] = {}
+    runs: dict[str, Callable[[], Any]] = {}
+    for who, contender in CONTENDERS.items():
+        if who == "captum" and composite != NETS[net].composites[0]:
+            continue  # its rules are always its own
+        try:
+            run = contender(net, path, composite).heatmap()
+            if run is None:
+                found[who] = "no such composite"
+                continue
+            run()
+            runs[who] = run
+        except Exception as error:  # a peer that cannot do it is a row of the table
+            if who in ("forward", "onnxcrp"):
+                raise
+            found[who] = one_line(error)
+    return interleaved(runs, rounds=rounds, seconds=seconds) | found
 
 
-def sample(name: str) -> np.ndarray:
-    """A random sample [1, ...]."""
-    return np.random.default_rng(0).standard_normal((1, *NETS[name][0])).astype(np.float32)
+def conditions(
+    net: str, path: str, layers: Sequence[str], counts: Sequence[int], *, rounds: int, seconds: float
+) -> dict[str, Any]:
+    """Conditions on one layer, or on each of several at once: the forward pass, onnxcrp and the peer."""
+    composite = NETS[net].composites[0]
+    own, peer = (CONTENDERS[who](net, path, composite) for who in ("onnxcrp", "zennit-crp"))
+    runs: dict[str, Callable[[], Any]] = {"forward": CONTENDERS["forward"](net, path, composite).heatmap()}  # type: ignore[dict-item]
+    runs |= {f"onnxcrp {count}": _asked(own, layers, count) for count in (1, *counts)}
+    found: dict[str, Any] = {}
+    measured = 0
+    try:
+        if one := peer.conditions(layers, 1):
+            one()
+            start = time.perf_counter()
+            one()
+            measured = max(1, min(PEER, int(seconds / 4 / (time.perf_counter() - start))))
+            runs[f"zennit-crp {measured}"] = _asked(peer, layers, measured)
+    except Exception as error:
+        found["zennit-crp"] = one_line(error)
+    found = interleaved(runs, rounds=rounds, seconds=seconds) | found
+    if measured:
+        for count in counts:
+            if count != measured:
+                found[f"zennit-crp {count}"] = found[f"zennit-crp {measured}"].times(count / measured)
+    first, last = found[f"onnxcrp {counts[0]}"], found[f"onnxcrp {counts[-1]}"]
+    few, many = (1, counts[0]) if len(counts) == 1 else (counts[0], counts[-1])
+    if few == 1:
+        first, last = found["onnxcrp 1"], first
+    found["each"] = (last.median - first.median) / (many - few) / found["forward"].median
+    return found
 
 
-# ---- contenders: each prepares itself and returns {what: function} ---------------------------------------------------
+def _asked(contender: Contender, layers: Sequence[str], count: int) -> Callable[[], Any]:
+    run = contender.conditions(layers, count)
+    assert run is not None
+    return run
 
 
-def forward(name: str, path: str) -> dict[str, Callable[[], Any]]:
-    """The plain forward pass: the unit of all ratios."""
-    from onnxcrp.session import Session
-
-    session, x = Session(path), sample(name)
-    return {"forward": lambda: session.run({"input": x})}
-
-
-def torch_gradient(name: str, path: str) -> dict[str, Callable[[], Any]]:
-    """torch: forward pass and the gradient of one logit."""
-    net = build(name)
-    import torch
-
-    x = torch.from_numpy(sample(name)).requires_grad_(True)
-
-    def run() -> None:
-        torch.autograd.grad(net(x)[0, TARGET], x)
-
-    return {"heatmap": run}
-
-
-def zennit_crp(name: str, path: str) -> dict[str, Callable[[], Any]]:
-    """zennit-crp: EpsilonPlusFlat, BatchNorm merged."""
-    net = build(name)
-    import torch
-    from crp.attribution import CondAttribution
-    from zennit.canonizers import SequentialMergeBatchNorm
-    from zennit.composites import EpsilonPlusFlat
-    from zennit.torchvision import ResNetCanonizer
-
-    canonizer = ResNetCanonizer() if name.startswith("resnet") else SequentialMergeBatchNorm()
-    attribution, composite = CondAttribution(net), EpsilonPlusFlat(canonizers=[canonizer])
-    layer, x = NETS[name][1], torch.from_numpy(sample(name))
-
-    def ask(conditions: list[dict[str, list[int]]]) -> None:
-        for start in range(0, len(conditions), BATCH):
-            data = x.clone().requires_grad_(True)
-            attribution(data, conditions[start : start + BATCH], composite)
-
-    def many(count: int) -> Callable[[], None]:
-        return lambda: ask([{"y": [TARGET], layer: [channel]} for channel in range(count)])
-
-    return {"heatmap": lambda: ask([{"y": [TARGET]}]), "1": many(1), "16": many(16)}
-
-
-def onnxcrp(name: str, path: str) -> dict[str, Callable[[], Any]]:
-    """onnxcrp, through the Explainer as users call it."""
-    from onnxcrp import Explainer
-
-    explainer, x, layer = Explainer(path), sample(name), NETS[name][1]
-    if layer not in {name for info in explainer.layers for name in info.names}:
-        raise click.ClickException(f"{name} has no layer {layer}")
-
-    def many(count: int) -> Callable[[], Any]:
-        conditions = [{layer: [channel]} for channel in range(count)]
-        return lambda: explainer.explain(x, target=TARGET, conditions=conditions, seed="abs")
-
-    found = {"heatmap": lambda: explainer.explain(x, target=TARGET, seed="abs")}
-    return found | {str(count): many(count) for count in (1, *CONDITIONS)}
-
-
-CONTENDERS = {"forward": forward, "torch": torch_gradient, "zennit-crp": zennit_crp, "onnxcrp": onnxcrp}
-
-
-def start_up(path: str) -> dict[str, float]:
-    """Seconds from a fresh process to the first heatmap, by step."""
-    begin = time.perf_counter()
-    import onnxcrp as package
-    from onnxcrp.canonize import canonize
-    from onnxcrp.session import Session
-
-    imported = time.perf_counter()
-    canonical = canonize(path)
-    canonized = time.perf_counter()
-    model = package.compile(canonical)
-    compiled = time.perf_counter()
-    Session(model)
-    return {
-        "import": imported - begin,
-        "canonize": canonized - imported,
-        "compile": compiled - canonized,
-        "session": time.perf_counter() - compiled,
-    }
-
-
-def measure(name: str, folder: Path, *, rounds: int) -> dict[str, Any]:
+def measure(net: str, folder: Path, *, quick: bool) -> dict[str, Any]:
     """All figures of one net."""
-    path = export(name, folder)
-    runs = {(who, what): run for who, prepare in CONTENDERS.items() for what, run in prepare(name, path).items()}
-    light = {key: run for key, run in runs.items() if key[1] in ("forward", "heatmap", "1")}
-    heavy = {key: run for key, run in runs.items() if key not in light or key == ("forward", "forward")}
-    timings: dict[tuple[str, str], Timing] = interleaved(light, rounds=rounds)  # type: ignore[arg-type]
-    unit = timings["forward", "forward"]
-    again: dict[tuple[str, str], Timing] = interleaved(heavy, rounds=max(2, rounds // 3))  # type: ignore[arg-type]
-    heavy_unit = again.pop(("forward", "forward"))
-    timings |= again
-    timings["zennit-crp", "64"] = timings["zennit-crp", "16"].times(4)
-    each = {
-        who: (timings[who, "64"].median - timings[who, "16"].median) / 48 / heavy_unit.median
-        if who == "onnxcrp"
-        else timings[who, "16"].median / 16 / heavy_unit.median
-        for who in ("zennit-crp", "onnxcrp")
+    path = export(net, folder)
+    about = NETS[net]
+    rounds, seconds = (3, 6.0) if quick else (9, 240.0)
+    composites = about.composites[:1] if quick else about.composites
+    found: dict[str, Any] = {"heatmap": {}, "conditions": {}}
+    for composite in composites:
+        found["heatmap"][composite] = heatmaps(net, path, composite, rounds=rounds, seconds=seconds)
+    for place, layer in about.places.items():
+        counts = COUNTS if not quick else COUNTS[:2] if place == "late" else COUNTS[:1]
+        found["conditions"][place] = {
+            "layer": layer,
+            **conditions(net, path, [layer], counts, rounds=max(2, rounds // 3), seconds=seconds),
+        }
+    found["conditions"][CHAIN] = {
+        "layer": " + ".join(about.layers),
+        **conditions(net, path, about.layers, COUNTS[:1], rounds=max(2, rounds // 3), seconds=seconds),
     }
-    del runs, light, heavy
-    memory = {
-        f"{who} {what}": alone("benchmarks.explain", "--child", who, name, what, path)
-        for who, what in (("zennit-crp", "heatmap"), ("zennit-crp", "16"), ("onnxcrp", "heatmap"), ("onnxcrp", "64"))
+    wanted = [("onnxcrp", "heatmap"), ("onnxcrp", "64")]
+    if about.channels_first:
+        wanted += [("zennit-crp", "heatmap")] if quick else [("zennit-crp", "heatmap"), ("zennit-crp", "16")]
+    found["memory"] = {
+        f"{who} {what}": alone(__spec__.name, "--child", who, net, what, path, timeout=600) for who, what in wanted
     }
-    return {
-        "unit": unit,
-        "unit_of_conditions": heavy_unit,
-        "timings": {f"{who} {what}": timing for (who, what), timing in timings.items()},
-        "each_condition": each,
-        "memory": memory,
-        "start": alone("benchmarks.explain", "--child", "start", name, "", path),
-    }
+    cache = str(folder / f"{net}.cache")
+    found["start"] = alone(__spec__.name, "--child", "start", net, "", path, ONNXCRP_CACHE="")
+    alone(__spec__.name, "--child", "cached", net, "", path, ONNXCRP_CACHE=cache)
+    found["cached"] = alone(__spec__.name, "--child", "cached", net, "", path, ONNXCRP_CACHE=cache)
+    found["file"] = _sizes(path, folder, composites[0])
+    return found
 
 
-def child(who: str, name: str, what: str, path: str) -> None:
-    """One contender alone: its peak memory, or its start-up times, as a line of JSON."""
-    if who == "start":
-        print(json.dumps(start_up(path)))
+def _sizes(path: str, folder: Path, composite: str) -> dict[str, Any]:
+    """Bytes of the source and of the relevance model of one heatmap, and their ratio."""
+    import onnxcrp
+    from onnxcrp.session import save
+
+    save(onnxcrp.compile(path, composite), folder / "relevance.onnx")
+    source, written = (os.path.getsize(each) for each in (path, folder / "relevance.onnx"))
+    return {"source": source, "relevance": written, "ratio": written / source}
+
+
+# ---- a process of its own --------------------------------------------------------------------------------------------
+
+
+def child(who: str, net: str, what: str, path: str) -> None:
+    """One contender alone: its peak memory, or seconds of a first start, as a line of JSON."""
+    if who in ("start", "cached"):
+        print(json.dumps(_start(net, path, stepwise=who == "start")))
         return
-    CONTENDERS[who](name, path)[what]()
+    from onnxcrp.analysis.memory import forget_peak, peak_memory
+
+    contender = CONTENDERS[who](net, path, NETS[net].composites[0])
+    run = contender.heatmap() if what == "heatmap" else contender.conditions([NETS[net].places["late"]], int(what))
+    assert run is not None
+    run()
+    forget_peak()  # what compiling took
+    run()
     print(json.dumps({"bytes": peak_memory()}))
 
 
-def rows_of(name: str, found: dict[str, Any]) -> list[list[str]]:
-    """The lines of the table for one net."""
+def _start(net: str, path: str, *, stepwise: bool) -> dict[str, float]:
+    """Seconds from a fresh process to the first heatmap, step by step; with a cache there are two."""
+    x, laps, begin = sample(net), {}, time.perf_counter()
+
+    def lap(what: str) -> None:
+        nonlocal begin
+        now = time.perf_counter()
+        laps[what], begin = now - begin, now
+
+    import onnxruntime  # noqa: F401
+
+    import onnxcrp
+    from onnxcrp import Explainer
+
+    lap("import")
+    bounds = {"low": LOW, "high": HIGH}
+    if stepwise:
+        from onnxcrp.canonize import canonize
+        from onnxcrp.session import Session
+
+        canonical = canonize(path)
+        lap("canonize")
+        model = onnxcrp.compile(canonical, NETS[net].composites[0])
+        lap("compile")
+        Session(model)
+        lap("session")
+        laps["to the first session"] = sum(laps.values())
+        return laps
+    explainer = Explainer(path, NETS[net].composites[0], **bounds)
+    lap("open")
+    explainer.explain(x, target=TARGET, seed="abs")
+    lap("session and first heatmap")
+    laps["to the first heatmap"] = sum(laps.values())
+    return laps
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
+
+
+def _cell(timing: Any, unit: Timing) -> str:
+    return timing.show(unit) if isinstance(timing, Timing) else timing or ""
+
+
+def tables(results: Mapping[str, Any]) -> None:
+    """What was measured, on stdout."""
     rows = []
-    for who in ("forward", "torch", "zennit-crp", "onnxcrp"):
-        cells = [name, who]
-        for what in ("forward" if who == "forward" else "heatmap", "16", "64"):
-            timing = found["timings"].get(f"{who} {what}")
-            unit = found["unit_of_conditions"] if what in ("16", "64") else found["unit"]
-            cells.append("" if timing is None else timing.show() if who == "forward" else timing.show(unit))
-        each = found["each_condition"].get(who)
-        cells.append("" if each is None else f"{each:.2f}")
-        sizes = [found["memory"].get(f"{who} {what}") for what in ("heatmap", "16", "64")]
-        cells.append(" / ".join(f"{s['bytes'] / 2**30:.2f}" if "bytes" in s else s["error"] for s in sizes if s))
-        rows.append(cells)
-        name = ""
-    start = found["start"]
-    rows.append(["", "onnxcrp start", ", ".join(f"{step} {seconds:.2f} s" for step, seconds in start.items())])
-    return rows
+    for net, found in results.items():
+        for composite, timings in found.get("heatmap", {}).items():
+            unit = timings["forward"]
+            cells = [_cell(timings.get(who), unit) for who in CONTENDERS if who != "forward"]
+            rows.append([net, composite, unit.show(), *cells])
+    report(
+        "One heatmap, in forward passes of onnxruntime on the same model",
+        ["net", "composite", "forward", *(who for who in CONTENDERS if who != "forward")],
+        rows,
+    )
+    rows = []
+    for net, found in results.items():
+        for place, timings in found.get("conditions", {}).items():
+            for who in ("onnxcrp", "zennit-crp"):
+                cells = [_cell(timings.get(f"{who} {count}"), timings["forward"]) for count in COUNTS]
+                if any(cells):
+                    each = f"{timings['each']:.2f}" if who == "onnxcrp" else ""
+                    rows.append([net, f"{place}: {timings['layer']}", who, *cells, each])
+    columns = ["net", "conditions on", "", *(f"{count}" for count in COUNTS), "each further"]
+    report("Conditions on one sample, in forward passes (* extrapolated)", columns, rows)
+    rows = []
+    for net, found in results.items():
+        if "error" in found:
+            rows.append([net, found["error"]])
+            continue
+        rows.append(
+            [
+                net,
+                _laps(found["start"]),
+                _laps(found["cached"]),
+                ", ".join(f"{what} {_size(told)}" for what, told in found["memory"].items()),
+                f"{found['file']['source'] / 1e6:.1f} MB x {found['file']['ratio']:.2f}",
+            ]
+        )
+    report("Start, memory, file", ["net", "first start", "with a cache", "peak memory, GiB", "source, relevance"], rows)
+
+
+def _laps(laps: Mapping[str, Any]) -> str:
+    return laps["error"] if "error" in laps else ", ".join(f"{step} {seconds:.2f} s" for step, seconds in laps.items())
+
+
+def _size(told: Mapping[str, Any]) -> str:
+    return told["error"] if "error" in told else f"{told['bytes'] / 2**30:.2f}"
 
 
 @click.command(help=__doc__)
 @click.option("--only", multiple=True, type=click.Choice(list(NETS)))
-@click.option("--quick", is_flag=True, help="Three rounds instead of nine.")
+@click.option("--quick", is_flag=True, help="One composite, fewer conditions and rounds.")
 @click.option("--json", "path", metavar="FILE")
 @click.option("--child", "alone_as", nargs=4, hidden=True)
 def main(only: tuple[str, ...], quick: bool, path: str | None, alone_as: tuple[str, ...] | None) -> None:
@@ -227,15 +253,12 @@ def main(only: tuple[str, ...], quick: bool, path: str | None, alone_as: tuple[s
         child(*alone_as)
         return
     results: dict[str, Any] = {}
-    rows: list[list[str]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        for name in only or NETS:
-            click.echo(f"{name} ...", err=True)
-            results[name] = measure(name, Path(folder), rounds=3 if quick else 9)
-            rows += rows_of(name, results[name])
-            write_json(path, results)
-    columns = ["net", "", "one heatmap", "16 conditions", "64 conditions", "each condition", "peak memory, GiB"]
-    report("Times in forward passes of onnxruntime on the same model (* extrapolated from 16)", columns, rows)
+    for name in only or NETS:
+        click.echo(f"{name} ...", err=True)
+        with tempfile.TemporaryDirectory() as folder:
+            results[name] = measure(name, Path(folder), quick=quick)
+        write_json(path, results)
+    tables(results)
 
 
 if __name__ == "__main__":

@@ -21,13 +21,17 @@ BLOCK = re.compile(r"```console\n\$ (?P<command>[^\n]*)\n(?P<output>.*?)```", re
 
 
 def run(command: str, folder: Path) -> str:
-    """What a command of the README prints, stdout and stderr; files it names with -o go to `folder`."""
+    """What a command of the README prints, stdout and stderr; files it names with -o go to `folder`.
+
+    What an earlier command left there is found under the name that it was given.
+    """
     words = shlex.split(command)
     if words[0] != "onnxcrp":
         raise ValueError(f"only onnxcrp is run, not {words[0]}")
     if "-o" in words:
         at = words.index("-o") + 1
         words[at] = str(folder / words[at])
+    words = [str(folder / word) if (folder / word).exists() else word for word in words]
     done = subprocess.run(
         [sys.executable, "-m", "onnxcrp.cli", *words[1:]], cwd=ROOT, capture_output=True, text=True, check=False
     )

@@ -19,11 +19,15 @@ if TYPE_CHECKING:
         InputError,
         ModelError,
         OnnxcrpError,
+        PluginError,
         QuestionError,
         RuntimeMissingError,
         UnsupportedError,
     )
     from onnxcrp.explainer import Explainer, NegativeLogitWarning, Result
+    from onnxcrp.lrp import rule
+    from onnxcrp.ops import Parts, activation, carries_none, transpose
+    from onnxcrp.plugins import load_plugin
 
 __version__ = "0.1.0"
 
@@ -41,6 +45,13 @@ _HOME = {
     "QuestionError": "errors",
     "InputError": "errors",
     "RuntimeMissingError": "errors",
+    "PluginError": "errors",
+    "load_plugin": "plugins",
+    "transpose": "ops",
+    "activation": "ops",
+    "carries_none": "ops",
+    "Parts": "ops",
+    "rule": "lrp",
 }
 
 __all__ = [
@@ -51,13 +62,20 @@ __all__ = [
     "ModelError",
     "NegativeLogitWarning",
     "OnnxcrpError",
+    "Parts",
+    "PluginError",
     "QuestionError",
     "Result",
     "RuntimeMissingError",
     "UnsupportedError",
     "__version__",
+    "activation",
+    "carries_none",
     "compile",
     "load_composite",
+    "load_plugin",
+    "rule",
+    "transpose",
 ]
 
 

@@ -19,11 +19,13 @@ import onnx_graphsurgeon as gs
 
 from onnxcrp.composite import Composite, load
 from onnxcrp.errors import CompositeError, QuestionError, UnsupportedError
-from onnxcrp.facts import Facts, dims
+from onnxcrp.facts import Facts, dims, rectifies
 from onnxcrp.graph import Graph, Value, positive
 from onnxcrp.lrp import RULES, Layer
 from onnxcrp.ops import OPS, Node, Parts
+from onnxcrp.ops.registry import REGISTER, about
 
+_TRANSPOSING = ("zero", "epsilon", "norm", "gradient")  # rules that an operator nobody registered cannot have
 REDUCTIONS = ("sum", "max", "argmax")
 
 # Rules whose result is a product with the layer's input: R_i = 0 wherever a_i = 0.
@@ -49,6 +51,7 @@ def compile(
     masks: str = "optional",
     per_sample: bool = True,
     flip_convolutions: bool = True,
+    store_weights: bool = False,
     opset: int | None = None,
     ir_version: int = 10,
 ) -> onnx.ModelProto:
@@ -65,6 +68,8 @@ def compile(
     Where axis 0 of a layer does not count samples (windows, merged rows), its mask, seed and outputs still are
     [N, k, ...], unless `per_sample` is False: then they are laid out as the layer's own tensor is.
     `bypass="cut"`: only relevance that passes through every conditioned layer goes on; `"keep"`: masks alone apply.
+    W+, flipped kernels and the like are written as nodes, which runtimes compute when they load the file, so that it is
+    about as large as the model; for one that folds no constants `store_weights` puts them into the file.
     Errors: ModelError, UnsupportedError (all operators at once), CompositeError, QuestionError.
     """
     from onnxcrp.canonize import Canonical, canonize
@@ -87,6 +92,7 @@ def compile(
         start_from=start_from,
         per_sample=per_sample,
         flip_convolutions=flip_convolutions,
+        store_weights=store_weights,
         opset=max(18, int(canonical.graph.opset)),
     )
     writer.walk(
@@ -119,16 +125,9 @@ def assign(facts: Facts, composite: Composite, nodes: Iterable[gs.Node]) -> dict
     Errors: UnsupportedError naming all operators without a transpose; CompositeError naming all nodes no line fits.
     """
     nodes = list(nodes)
-    unknown = [node for node in nodes if node.op not in OPS]
-    if unknown:
-        listed = ", ".join(f"{node.op} ({facts.names.of(node)})" for node in unknown[:12])
-        more = f" and {len(unknown) - 12} more" if len(unknown) > 12 else ""
-        raise UnsupportedError(
-            f"{len(unknown)} operators have no transpose: {listed}{more}",
-            hint="`onnxcrp inspect` lists what is supported; choose an output below them, or ask for the operator",
-        )
     rules: dict[str, tuple[str, dict[str, Any]]] = {}
     unmatched = []
+    unknown: dict[str, list[str]] = {}  # operator -> nodes
     for node in nodes:
         family = facts.family(node)
         if family == "rearrangement":
@@ -141,15 +140,26 @@ def assign(facts: Facts, composite: Composite, nodes: Iterable[gs.Node]) -> dict
             family=family,
             names=facts.names.all_of(node),
             depth=facts.depth[node.name],
+            by_name=node.op not in OPS,
         )
-        if found is None:
+        if node.op not in OPS and (found is None or found[0] in _TRANSPOSING):
+            unknown.setdefault(node.op, []).append(facts.names.of(node))
+        elif found is None:
             unmatched.append(node)
         elif found[0] != "gradient" and (facts.is_preprocessing(node) or facts.is_mask(node)):
             rules[node.name] = ("pass", found[1] | {"unchanged": True})
         else:
             rules[node.name] = found
+    if unknown:
+        listed = "; ".join(f"{op} ({', '.join(names)})" for op, names in unknown.items())
+        count = sum(map(len, unknown.values()))
+        raise UnsupportedError(
+            f"{count} node{'s have' if count > 1 else ' has'} no transpose: {listed}",
+            hint=f"{REGISTER.format(next(iter(unknown)))}; or let a composite pass it (op = "
+            f'"{next(iter(unknown))}", rule = "pass"), or explain an output below it',
+        )
     if unmatched:
-        listed = ", ".join(f"{facts.names.of(node)} ({node.op}, {facts.family(node)})" for node in unmatched[:12])
+        listed = ", ".join(f"{facts.names.of(node)} ({node.op}, {facts.family(node)})" for node in unmatched)
         raise CompositeError(
             f"composite {composite.name} has no rule for {listed}",
             hint=f'add a [[layer]] with op = "{unmatched[0].op}" and a rule, or extends = "base" at the top',
@@ -169,6 +179,7 @@ class _Writer:
         start_from: str,
         per_sample: bool,
         flip_convolutions: bool,
+        store_weights: bool,
         opset: int,
     ) -> None:
         from onnxcrp.canonize.lower import lower
@@ -185,7 +196,11 @@ class _Writer:
         self.tensor.update((t.name, t) for t in forward.inputs)
         self.forward = forward
         self.op = Graph(
-            opset=opset, nodes=self.forward_nodes, taken=list(self.tensor), flip_convolutions=flip_convolutions
+            opset=opset,
+            nodes=self.forward_nodes,
+            taken=list(self.tensor),
+            flip_convolutions=flip_convolutions,
+            store_weights=store_weights,
         )
         for name, tensor in self.tensor.items():  # ops that ask a canonical tensor's size get the lowered graph's, too
             if isinstance(tensor, gs.Variable):
@@ -274,9 +289,7 @@ class _Writer:
             if self.start_from == "activation":
                 with op.scope("R", "seed", self.layer_name(tensor)):
                     z = self._float(tensor)
-                    readers = facts.readers.get(tensor, [])
-                    only_relu = bool(readers) and all(reader.op == "Relu" for reader in readers)
-                    seed = seed * (positive(z) if only_relu else z)
+                    seed = seed * (positive(z) if facts.only_relu(tensor) else z)
                 self.vanishing[tensor] = True
             else:
                 with op.scope("R", "seed", self.layer_name(tensor)):  # transposes want the layer's full size
@@ -395,7 +408,7 @@ class _Writer:
             else:
                 R = next(iter(arrived.values()))
             if rule == "rearrangement":
-                back = OPS[node.op].transpose(op, view, R)
+                back = about(node.op).transpose(op, view, R)
             else:
                 parameters = dict(parameters)
                 unchanged = parameters.pop("unchanged", False)
@@ -426,10 +439,13 @@ class _Writer:
         """Whether R = 0 where the output is 0 implies the same at the input."""
         if rule in _KEEPS_ZEROS:
             return node.op not in ("Resize", "Tile", "Pad")
-        return rule == "pass" and node.op in ("Relu", "Mul", "Div", "Neg", "Cast", "LeakyRelu")
+        return rule == "pass" and (rectifies(node) or node.op in ("Mul", "Div", "Neg", "Cast", "LeakyRelu"))
 
     def _vanishes(self, node: gs.Node) -> bool:
-        """R = 0 wherever z <= 0: z is never negative, or goes only into ReLUs, whose relevance is 0 where they are."""
+        """R = 0 wherever z <= 0: z is never negative, or goes only into ReLUs, whose relevance is 0 where they are.
+
+        A ReLU6 is one of them: what counts is that it puts out 0 just where z <= 0.
+        """
         name = node.outputs[0].name
         if not self.vanishing.get(name, False):
             return False
@@ -438,7 +454,7 @@ class _Writer:
         readers = self.facts.readers.get(name, [])
         if name not in self.started:  # a seed of max(z, 0) is 0 there by itself
             readers = [r for r in readers if r.name in self.rules]
-        return bool(readers) and all(r.op == "Relu" and self.rules.get(r.name, ("pass",))[0] == "pass" for r in readers)
+        return bool(readers) and all(rectifies(r) and self.rules.get(r.name, ("pass",))[0] == "pass" for r in readers)
 
     # ---- layers as a user sees them: axis 0 counts samples -----------------------------------------------------
     def _place(self, tensor: str) -> tuple[int, int]:
@@ -483,6 +499,8 @@ class _Writer:
         if node.op not in _BROADCASTING:
             return R
         wide, narrow = dims(node.outputs[0]), dims(source)
+        if node.op == "MatMul":  # the last two axes are the matrix
+            wide, narrow = wide[:-2], narrow[:-2]
         missing = len(wide) - len(narrow)
         if missing > 0:
             if any(size != 1 for size in wide[:missing]):
@@ -631,6 +649,11 @@ class _Writer:
             outputs=list(graph.outputs),
             name=graph.name or "model",
             opset=self.op.opset,
+            import_domains=[
+                onnx.helper.make_opsetid("", self.op.opset),
+                *(entry for entry in graph.import_domains if entry.domain),
+            ],
+            functions=graph.functions,
         )
         proto = export(made, ir_version=ir_version)
         proto.producer_version = __version__
@@ -681,7 +704,7 @@ class _Writer:
 
 
 _BROADCASTING = frozenset(
-    ["Add", "Sub", "Sum", "Mean", "Mul", "Div", "Pow", "Mod", "PRelu", "Expand", "Where", "Max", "Min"]
+    ["Add", "Sub", "Sum", "Mean", "Mul", "Div", "Pow", "Mod", "PRelu", "Expand", "Where", "Max", "Min", "MatMul"]
 )
 
 # Operators whose rounding a message takes for the identity.
@@ -704,10 +727,13 @@ class _View(Node):
 def _at_opset(proto: onnx.ModelProto, opset: int) -> onnx.ModelProto:
     """The model converted to a newer opset by onnx; errors: QuestionError where it cannot."""
     try:
-        return onnx.version_converter.convert_version(proto, opset)
+        converted = onnx.version_converter.convert_version(proto, opset)
     except Exception as error:  # the converter raises several kinds
         reason = str(error).strip().split("\n")[0]
         raise QuestionError(f"onnx cannot convert to opset {opset}: {reason}", hint="leave opset out") from error
+    if not converted.functions:  # which say of which opset they are, and which the converter forgets
+        converted.functions.extend(proto.functions)
+    return converted
 
 
 def _needed(nodes: Sequence[gs.Node], outputs: Iterable[str]) -> list[gs.Node]:
@@ -745,7 +771,7 @@ def concept_axis(facts: Facts, node: gs.Node) -> int:
         if current is None or current.op not in OPS:
             break
         family = facts.family(current)
-        if family == "convolution" or family in _FEATURES_LAST:
+        if family == "convolution" or family in _FEATURES_LAST or current.op == "MatMul":
             found = axes[1 if family == "convolution" else -1]
             return 1 if found is None else found
         data = facts.carries(current)

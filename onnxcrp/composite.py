@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from onnxcrp.errors import CompositeError
+from onnxcrp.plugins import discover
 
 SEEDS = ("output", "one")
 BIASES = ("keep", "drop")
@@ -83,9 +84,11 @@ class Composite:
     given: Mapping[str, Any] = field(default_factory=dict, compare=False)  # parameters set in place, part of the name
 
     def rule_for(
-        self, *, op: str, source_op: str, family: str, names: Sequence[str], depth: int
+        self, *, op: str, source_op: str, family: str, names: Sequence[str], depth: int, by_name: bool = False
     ) -> tuple[str, dict[str, Any]] | None:
         """Rule of a node and its parameters: those that are set, always `stabilizer` and `bias`; None if no line fits.
+
+        `by_name`: only lines that name this operator or layer count, not those for families.
 
         A rearrangement has no rule: its entries are moved, copied or dropped.
         Raises CompositeError when the line that fits lacks a required parameter or its rule cannot treat this family.
@@ -94,6 +97,8 @@ class Composite:
             return None
         for line in self.lines:
             if not line.fits(op=op, source_op=source_op, family=family, names=names, depth=depth):
+                continue
+            if by_name and op not in line.ops and not line.names:
                 continue
             if line.missing:
                 raise CompositeError(
@@ -171,6 +176,7 @@ def load(composite: str | os.PathLike[str] | Composite, **parameters: Any) -> Co
     """
     if isinstance(composite, Composite):
         return composite.with_parameters(**parameters)
+    discover()
     text = os.fspath(composite)
     head, given = _split_call(text)
     path = Path(head)
@@ -304,7 +310,7 @@ def _line(table: dict[str, Any], where: str, *, own: bool = False) -> Line:
                 raise CompositeError(
                     f'{where}: rule "{rule}" cannot treat "{op}"; it treats {_listed(sorted(families))}'
                 )
-        elif op not in _op_types():
+        elif op not in _op_types() and "::" not in op:
             raise CompositeError(
                 f'{where}: op "{op}" is unknown{_suggest(op, (*known, *_op_types()))}',
                 hint=f"an ONNX operator such as Conv, or a family: {', '.join(known)}",
@@ -327,15 +333,11 @@ def _families() -> tuple[str, ...]:
     return tuple(FAMILIES)
 
 
-@functools.cache
 def _op_types() -> frozenset[str]:
-    """All operators of the ONNX standard, and the canonical ones that onnxcrp adds."""
-    import onnx.defs
+    """All operators of the ONNX standard, the canonical ones that onnxcrp adds, and those of plugins."""
+    from onnxcrp.ops.registry import CARRIES_NONE, OPS, standard
 
-    from onnxcrp.ops.registry import OPS
-
-    standard = {schema.name for schema in onnx.defs.get_all_schemas_with_history() if schema.domain == ""}
-    return frozenset(standard | OPS.keys() | {"Linear", "Silu"})
+    return standard() | OPS.keys() | CARRIES_NONE.keys()
 
 
 def _words(table: dict[str, Any], key: str, where: str) -> tuple[str, ...]:
@@ -387,7 +389,9 @@ def _in_order(low: Any, high: Any) -> bool:
 
 def _checked(name: str, value: Any, where: str) -> Any:
     """One value, of the right type and range, as plain Python; raises CompositeError."""
-    choices = {"seed": SEEDS, "bias": BIASES}.get(name)
+    choices = {"seed": SEEDS, "bias": BIASES, "at": ("sample", "reference")}.get(name)
+    if name == "reference" and value == "boundary":
+        return value
     if choices:
         if value not in choices:
             raise CompositeError(f"{where}: {name} must be {' or '.join(map(_toml, choices))}, got {_short(value)}")
@@ -396,13 +400,14 @@ def _checked(name: str, value: Any, where: str) -> Any:
         if not isinstance(value, str):
             raise CompositeError(f"{where}: description must be a string, got {value!r}")
         return value
-    if name in ("low", "high"):
+    if name in ("low", "high", "reference"):
         try:
             array = np.asarray(value, np.float64)
         except (TypeError, ValueError):
             array = np.asarray(np.nan)
         if not np.isfinite(array).all() or isinstance(value, (bool, str)):
-            raise CompositeError(f"{where}: {name} must be a number or a list of one per channel, got {_short(value)}")
+            of = "feature" if name == "reference" else "channel"
+            raise CompositeError(f"{where}: {name} must be a number or a list of one per {of}, got {_short(value)}")
         return _plain(array.tolist())
     if isinstance(value, (bool, str)) or not isinstance(value, (int, float, np.integer, np.floating)):
         raise CompositeError(f"{where}: {name} must be a number, got {_short(value)}")

@@ -27,6 +27,10 @@ class CompositeError(OnnxcrpError):
     """A composite is unknown, malformed, or does not say which rule an operator gets."""
 
 
+class PluginError(OnnxcrpError, ValueError):
+    """A plugin cannot be run, or registers what is registered already."""
+
+
 class QuestionError(OnnxcrpError):
     """A layer, concept, target or seed does not exist or does not fit the model."""
 

@@ -850,9 +850,10 @@ _NEAREST: dict[str, Kernel] = {
 }
 
 
-def _source_coordinates(mode: str, size: int, out: int, scale: float) -> np.ndarray:
+def _source_coordinates(mode: str, size: int, out: int, scale: float, dtype: type = np.float64) -> np.ndarray:
     """Where each of `out` samples lies on an axis of `size`: the specification's coordinate transformations."""
-    c = np.arange(out, dtype=np.float64)
+    c: np.ndarray = np.arange(out, dtype=dtype)
+    scale = dtype(scale)
     if mode == "align_corners":
         return c * (size - 1) / (out - 1) if out > 1 else np.zeros(1)
     if mode == "asymmetric":
@@ -863,10 +864,21 @@ def _source_coordinates(mode: str, size: int, out: int, scale: float) -> np.ndar
     return start + (c + 0.5) / scale - 0.5
 
 
-def _resize_matrix(attrs: Attributes, size: int, out: int, scale: float) -> np.ndarray:
-    """[out, size]: the interpolation along one axis, the edge repeated outside."""
-    coordinates = _source_coordinates(attrs.get("coordinate_transformation_mode", "half_pixel"), size, out, scale)
-    mode = attrs.get("mode", "nearest")
+def resize_matrix(
+    attrs: Attributes, size: int, out: int, scale: float, window: tuple[float, float] = (0, 1)
+) -> np.ndarray:
+    """[out, size]: the interpolation along one axis, the edge repeated outside; `window`: what a crop takes of it.
+
+    Which entry is nearest is decided in float32, as runtimes do: (3 + 0.5) / 0.7 - 0.5 is a tie there. Of a crop
+    nothing is known outside (zeros; `extrapolation_value` is not part of the map).
+    """
+    mode, how = attrs.get("mode", "nearest"), attrs.get("coordinate_transformation_mode", "half_pixel")
+    if how == "tf_crop_and_resize":
+        ends = np.linspace(*window, out) if out > 1 else np.array([sum(window) / 2])
+        coordinates = ends * (size - 1)
+    else:
+        rounded = mode == "nearest" and how != "half_pixel_symmetric"
+        coordinates = _source_coordinates(how, size, out, scale, np.float32 if rounded else np.float64)
     floor = np.floor(coordinates)
     r = coordinates - floor
     if mode == "nearest":
@@ -882,6 +894,8 @@ def _resize_matrix(attrs: Attributes, size: int, out: int, scale: float) -> np.n
         if attrs.get("exclude_outside", 0):
             weight = weight * ((position >= 0) & (position < size))
         np.add.at(matrix, (np.arange(out), np.clip(position, 0, size - 1)), weight)
+    if how == "tf_crop_and_resize":
+        matrix[(coordinates < 0) | (coordinates > size - 1)] = 0
     return matrix / matrix.sum(1, keepdims=True) if attrs.get("exclude_outside", 0) else matrix
 
 
@@ -894,19 +908,25 @@ def _resize(attrs: Attributes, x: np.ndarray, roi: Any = None, scales: Any = Non
     scales, sizes = (None if v is None or v.size == 0 else v for v in (scales, sizes))
     given = (scales is not None) != (sizes is not None)
     crops = attrs.get("coordinate_transformation_mode") == "tf_crop_and_resize"
-    if not given or crops or attrs.get("antialias", 0) or attrs.get("keep_aspect_ratio_policy", "stretch") != "stretch":
+    if not given or crops or attrs.get("antialias", 0):
         inputs = [x, *(None if v is None else v.astype(np.float32) for v in (roi, scales)), sizes]
         return _by_reference("Resize", attrs, inputs, max(attrs.opset, 18))
     y = x
     axes = attrs.get("axes") or range(x.ndim)
+    policy = attrs.get("keep_aspect_ratio_policy", "stretch") if scales is None else "stretch"
+    if policy != "stretch":  # one factor for all axes
+        factors = [value / x.shape[axis] for axis, value in zip(axes, sizes, strict=True)]
+        common = min(factors) if policy == "not_larger" else max(factors)
     for axis, value in zip(axes, scales if sizes is None else sizes, strict=True):
         size = x.shape[axis]
         out = int(value) if scales is None else int(np.float32(size) * np.float32(value))
         scale = out / size if scales is None else float(value)
+        if policy != "stretch":
+            out, scale = int(np.floor(common * size + 0.5)), common
         if out != size or scale != 1:
-            matrix = _resize_matrix(attrs, size, out, scale)
+            matrix = resize_matrix(attrs, size, out, scale)
             y = np.moveaxis(np.tensordot(matrix, y.astype(np.float64), (1, axis)), 0, axis)
-    return y.astype(x.dtype)
+    return x if y.shape == x.shape else y.astype(x.dtype)  # runtimes copy where no size changes
 
 
 @kernel("Upsample")

@@ -7,8 +7,10 @@ sample where axis 0 is the batch throughout, else the sample repeated for each. 
 
 from __future__ import annotations
 
+import copy
 import itertools
 import os
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from onnxcrp.condition import concepts
-from onnxcrp.errors import CompositeError, QuestionError
+from onnxcrp.errors import CompositeError, QuestionError, UnsupportedError
 from onnxcrp.question import Asked, listed
 from onnxcrp.relevance import RelevanceModels, shape_of
 from onnxcrp.result import NegativeLogitWarning, Result, plain
@@ -26,9 +28,12 @@ from onnxcrp.run import Run
 if TYPE_CHECKING:
     import onnx_graphsurgeon as gs
 
+    from onnxcrp.cache import Cache
     from onnxcrp.canonize import Canonical
     from onnxcrp.composite import Composite
     from onnxcrp.facts import Facts
+    from onnxcrp.kept import Kept
+    from onnxcrp.profiling import NodeTime
 
 __all__ = ["Explainer", "LayerInfo", "NegativeLogitWarning", "Result"]
 
@@ -58,9 +63,12 @@ class Explainer:
     `model`: path, ModelProto or Canonical. `composite`: preset, file or object. `output`: the model output to explain
     (the first one). `inputs`: those whose relevance is asked for (None: all that relevance reaches). `keep_head`:
     explain after a terminal Softmax or Sigmoid, not before. `providers`, `threads`: onnxruntime's (best first).
+    `allow_tf32`: let CUDA round to TF32, faster and not accurate enough for most rules.
     `memory_limit`: bytes that one run may take, roughly; `cache_limit`: bytes of compiled relevance models to keep.
     `low`, `high` (or `preprocessing`: an object that has them, a preset or a file): the range of input values, for
-    composites that need it. Raises ModelError, CompositeError, QuestionError (no such output or input).
+    composites that need it. `cache`: a folder in which canonical and compiled models are kept for the next process
+    (None: what the environment variable ONNXCRP_CACHE names, False: none).
+    Raises ModelError, CompositeError, QuestionError (no such output or input).
     """
 
     def __init__(
@@ -75,16 +83,38 @@ class Explainer:
         memory_limit: int = 2 * GIB,
         cache_limit: int = 4 * GIB,
         threads: int | None = None,
+        allow_tf32: bool = False,
         preprocessing: Any = None,
         low: Any = None,
         high: Any = None,
         flip_convolutions: bool = True,
+        cache: str | os.PathLike[str] | bool | Cache | None = None,
     ) -> None:
+        from onnxcrp.cache import Cache
         from onnxcrp.canonize import Canonical, canonize
         from onnxcrp.composite import load
         from onnxcrp.facts import Facts
 
-        self.canonical: Canonical = model if isinstance(model, Canonical) else canonize(model)
+        self._options: dict[str, Any] = {
+            "providers": providers,
+            "output": output,
+            "inputs": inputs,
+            "keep_head": keep_head,
+            "memory_limit": memory_limit,
+            "cache_limit": cache_limit,
+            "threads": threads,
+            "preprocessing": preprocessing,
+            "low": low,
+            "high": high,
+            "flip_convolutions": flip_convolutions,
+            "allow_tf32": allow_tf32,
+            "cache": cache,
+        }
+        stored = Cache.of(cache)
+        if isinstance(model, Canonical):
+            self.canonical: Canonical = model
+        else:
+            self.canonical = canonize(model) if stored is None else stored.canonical(model)
         self.facts: Facts = Facts(self.canonical, output=output, inputs=inputs, keep_head=keep_head)
         self.composite: Composite = _bounded(load(composite), self.facts, preprocessing, low, high)
         self.memory_limit = memory_limit
@@ -98,8 +128,9 @@ class Explainer:
                 "keep_head": keep_head,
                 "flip_convolutions": flip_convolutions,
             },
-            session_options={"providers": providers, "threads": threads},
+            session_options={"providers": providers, "threads": threads, "allow_tf32": allow_tf32},
             cache_limit=cache_limit,
+            cache=stored,
         )
 
     # --- what the model is --------------------------------------------------------------------------------------------
@@ -145,18 +176,23 @@ class Explainer:
         """The rule that the walk will use for a node, None where it would fail or needs none."""
         from onnxcrp.backward import assign
 
-        if family in ("rearrangement", "unsupported"):
+        if family == "rearrangement":
             return None, {}
         try:
             rule, parameters = assign(self.facts, self.composite, [node])[node.name]
-        except CompositeError:
+        except (CompositeError, UnsupportedError):
             return None, {}
         return rule, {name: value for name, value in parameters.items() if name != "unchanged"}
 
     def inspect(self) -> dict[str, Any]:
         """What the model is, as plain JSON values: inputs, canonizers, layers, what is unsupported, how batches run."""
         facts, canonical, composite = self.facts, self.canonical, self.composite
-        unsupported = facts.unsupported(facts.between([facts.explained], None))
+        ruled = {layer.name for layer in self.layers if layer.rule}  # by a line that names the operator
+        unsupported = [
+            node
+            for node in facts.unsupported(facts.between([facts.explained], None))
+            if facts.names.of(node) not in ruled
+        ]
         return {
             "inputs": {name: {"dtype": str(kind), "shape": list(shape)} for name, (kind, shape) in self.inputs.items()},
             "outputs": {
@@ -199,7 +235,12 @@ class Explainer:
             "unsupported": [{"name": facts.names.of(node), "op": node.op} for node in unsupported],
             "shares_forward": facts.shares_forward,
             "batch_breaks": list(facts.batch_breaks),
+            "quantized": self._models.is_quantized,
         }
+
+    def under(self, composite: str | os.PathLike[str] | Composite) -> Explainer:
+        """The same model with the same options under another composite; raises CompositeError."""
+        return Explainer(self.canonical, composite, **self._options)
 
     # --- asking -------------------------------------------------------------------------------------------------------
 
@@ -226,10 +267,11 @@ class Explainer:
         with, or None for the composite's own. `start`: {layer: concepts} to begin at instead of the target, or a list
         of them; `start_from`: "activation", "one", or "relevance", which is the target's under cut of these concepts.
         `bypass`: "cut" or "keep". `inputs`: those whose relevance is wanted (None: all, (): none). `return_ortvalue`:
-        results stay on the device as they leave the model ([N, ...] for one sample), for what one run can answer.
+        results stay on the device as they leave the model ([N, ...] for one sample), for what one run can answer, and
+        an `x` that speaks DLPack is read where it is (`torch.from_dlpack(result.relevance["x"])` takes a result back).
         Raises InputError, QuestionError, CompositeError, UnsupportedError; warns with NegativeLogitWarning.
         """
-        feeds, batch = self._models.check_inputs(x)
+        feeds, batch = self._models.check_inputs(x, stay=return_ortvalue)
         run = Run(self._models, feeds, batch, self.memory_limit)
         asked = Asked(
             self._models,
@@ -249,6 +291,17 @@ class Explainer:
         if not return_ortvalue:
             asked.warn(result.explained)
         return result
+
+    def at(self, x: Any) -> Kept:
+        """Samples whose forward pass is kept on the device: `explainer.at(x).explain(target, conditions=...)`.
+
+        Questions are those of `explain`, as often as you like: the forward pass runs once, what all questions of a set
+        of layers share runs once for the set. Raises InputError, and QuestionError where conditions share no forward
+        pass.
+        """
+        from onnxcrp.kept import Kept
+
+        return Kept(self._models, *self._models.check_inputs(x, stay=True), self.memory_limit)
 
     def stream(
         self,
@@ -278,24 +331,45 @@ class Explainer:
             for at in range(0, batch, count):
                 rows = slice(at, min(at + count, batch))
                 part = {name: array[rows] if self._models.is_batched(name) else array for name, array in feeds.items()}
-                cut = {name: self._rows_of(value, rows, batch) for name, value in options.items() if name == "seed"}
-                yield self.explain(part, self._rows_of(target, rows, batch), **options | cut)
+                cut = {name: self._of_rows(name, value, rows, batch) for name, value in options.items()}
+                yield self.explain(part, self._of_rows("target", target, rows, batch), **cut)
             return
         count = max(1, self.memory_limit // (each * batch))
         remaining = iter(conditions)
         while part_of_them := list(itertools.islice(remaining, count)):
             yield self.explain(feeds, target, conditions=part_of_them, **options)
 
-    def _rows_of(self, target: Any, rows: slice, batch: int) -> Any:
-        """The part of a target or seed that belongs to some of the samples."""
-        if isinstance(target, range):
-            target = list(target)
-        if isinstance(target, list):
-            return target[rows]
-        if isinstance(target, np.ndarray) and len(target.shape) and len(target) == batch:
-            whole = target.dtype.kind in "iu" and target.ndim == 1
-            return target[rows] if whole or target.ndim == len(self._models.explained_shape) else target
-        return target
+    def _of_rows(self, name: str, value: Any, rows: slice, batch: int) -> Any:
+        """The part of an argument of `explain` that belongs to some of the samples: of target, seed and start."""
+        if name == "start" and isinstance(value, (list, tuple)):
+            return [self._of_rows(name, each, rows, batch) for each in value]
+        if name == "start" and isinstance(value, Mapping):
+            return {layer: self._concepts_of_rows(layer, concepts, rows, batch) for layer, concepts in value.items()}
+        if name == "target" and isinstance(value, (list, range)):
+            return list(value)[rows]
+        if name not in ("target", "seed") or not isinstance(value, np.ndarray) or not value.ndim or len(value) != batch:
+            return value
+        is_list = name == "target" and value.ndim == 1 and value.dtype.kind in "iu"
+        return value[rows] if is_list or value.ndim == len(self._models.explained_shape) else value
+
+    def _concepts_of_rows(self, layer: str, concepts: Any, rows: slice, batch: int) -> Any:
+        mask = self._models.layer(layer).mask(concepts)
+        return mask[rows] if len(mask) == batch > 1 else concepts
+
+    def profile(self, x: Any, target: Any = None, *, calls: int = 5, **question: Any) -> list[NodeTime]:
+        """Where the time of `explain(x, target, **question)` goes: nodes as they run, median seconds of a call.
+
+        Measured in sessions of their own (profiling slows them down), after a call that is not counted.
+        """
+        from onnxcrp.profiling import merged, read_profile
+
+        twin = copy.copy(self)
+        with tempfile.TemporaryDirectory(prefix="onnxcrp-", ignore_cleanup_errors=True) as folder:
+            twin._models = self._models.with_sessions(profile=folder)
+            for _ in range(1 + calls):
+                twin.explain(x, target, **question)
+            profiles = [session.end_profile() for session in twin._models.sessions()]
+            return merged(read_profile(path, calls=1 + calls, warmup=1) for path in profiles)
 
 
 def _bounded(composite: Composite, facts: Facts, preprocessing: Any, low: Any, high: Any) -> Composite:

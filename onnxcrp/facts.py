@@ -14,6 +14,7 @@ import onnx_graphsurgeon as gs
 from onnxcrp.errors import CompositeError, QuestionError, UnsupportedError
 from onnxcrp.ops import CARRIES_NONE, KEEPS, NONNEGATIVE, OPS
 from onnxcrp.ops.rearrange import leaves_batch
+from onnxcrp.ops.registry import about
 
 if TYPE_CHECKING:
     from onnxcrp.canonize import Canonical
@@ -43,6 +44,16 @@ _SAME_IDS = frozenset(["Cast", "Reshape", "Squeeze", "Unsqueeze", "Identity", "F
 def _is_lookup(node: gs.Node) -> bool:
     """Whether a node picks rows of a constant table by index."""
     return node.op == "Gather" and isinstance(node.inputs[0], gs.Constant)
+
+
+def rectifies(node: gs.Node) -> bool:
+    """Whether a node puts out 0 just where its input is <= 0, else something larger: Relu, ReLU6 (Clip from 0 up)."""
+    if node.op != "Clip" or len(node.inputs) < 2:
+        return node.op == "Relu"
+    low, high = node.inputs[1], node.inputs[2] if len(node.inputs) > 2 else None
+    from_zero = isinstance(low, gs.Constant) and low.values.size == 1 and float(low.values.reshape(())) == 0
+    upwards = high is None or high.is_empty() or (isinstance(high, gs.Constant) and bool((high.values > 0).all()))
+    return from_zero and upwards
 
 
 def dims(tensor: gs.Tensor) -> list[Any]:
@@ -110,7 +121,7 @@ class Facts:
 
     def carries(self, node: gs.Node) -> list[int]:
         """Positions of the inputs of a node that carry relevance."""
-        if node.op in CARRIES_NONE and not node.domain:
+        if node.op in CARRIES_NONE:
             return []
         found = [i for i, tensor in enumerate(node.inputs) if tensor.name in self.data]
         if node.op in _CONTENT:
@@ -195,21 +206,26 @@ class Facts:
                 below.update(t.name for t in node.outputs if t.name in above)
         return below
 
+    def only_relu(self, name: str) -> bool:
+        """Whether ReLU alone reads a tensor, so that nothing of it counts below zero."""
+        readers = self.readers.get(name, [])
+        return bool(readers) and all(reader.op == "Relu" for reader in readers)
+
     # ---- sign, depth -------------------------------------------------------------------------------------------
     @cached_property
     def nonnegative(self) -> set[str]:
         """Tensors without an element below zero, whatever the input."""
         known: set[str] = set()
         for node in self.nodes:
-            about = OPS.get(node.op)
-            if about is None or about.sign is None:
+            sign = about(node.op).sign
+            if sign is None:
                 continue
-            if about.sign == NONNEGATIVE:
+            if sign == NONNEGATIVE:
                 holds = True
-            elif about.sign == KEEPS:
+            elif sign == KEEPS:
                 holds = all(self._operand_nonnegative(tensor, known) for tensor in node.inputs)
             else:
-                holds = about.sign(node, known)
+                holds = sign(node, known)
             if holds:
                 known.update(tensor.name for tensor in node.outputs)
         return known
@@ -276,8 +292,8 @@ class Facts:
         return False
 
     def family(self, node: gs.Node) -> str:
-        """Op family of a node; errors: KeyError for unknown ops."""
-        return OPS[node.op].family_of(node, len(self.carries(node)))
+        """Op family of a node; `other` for operators that nobody registered."""
+        return about(node.op).family_of(node, len(self.carries(node)))
 
     # ---- the batch axis ----------------------------------------------------------------------------------------
     @cached_property

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,13 +24,72 @@ Operand = "Value | float | int | np.ndarray | Sequence[int]"
 _SMALL = 4096  # constants up to this many elements are shared by content, larger ones by identity
 
 
+@dataclass(frozen=True)
+class Product:
+    """A message times `factors` over `divisors`, which are the same for all questions; not written yet."""
+
+    message: Value
+    factors: tuple[Value, ...] = ()
+    divisors: tuple[Value, ...] = ()
+
+    def times(self, factor: Value) -> Product:
+        """With one more factor."""
+        return Product(self.message, (*self.factors, factor), self.divisors)
+
+    def over(self, divisor: Value) -> Product:
+        """With one more divisor."""
+        return Product(self.message, self.factors, (*self.divisors, divisor))
+
+    @property
+    def factor(self) -> Value:
+        """Factors over divisors as one value, computed once for all questions."""
+        factor = self.message.graph.as_value(1.0)
+        for each in self.factors:
+            factor = factor * each
+        for each in self.divisors:
+            factor = factor / each
+        return factor
+
+    def shared(self, other: Product) -> tuple[Product, Product, Product] | None:
+        """What two products have in common (as a product of nothing), and what is left of each; None if not worth it.
+
+        a . x + a . y = a . (x + y) saves a pass over the questions where one of the sides is left without a factor.
+        """
+        factors, mine, theirs = _common(self.factors, other.factors)
+        divisors, under_mine, under_theirs = _common(self.divisors, other.divisors)
+        left, right = Product(self.message, mine, under_mine), Product(other.message, theirs, under_theirs)
+        if not (factors or divisors) or not (left.is_bare or right.is_bare):
+            return None
+        return Product(self.message, factors, divisors), left, right
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether it is the message alone."""
+        return not self.factors and not self.divisors
+
+
+def _common(
+    mine: tuple[Value, ...], theirs: tuple[Value, ...]
+) -> tuple[tuple[Value, ...], tuple[Value, ...], tuple[Value, ...]]:
+    """What is in both, and what is left of each; by identity, with multiplicity."""
+    left, both = list(theirs), []
+    for value in mine:
+        at = next((i for i, other in enumerate(left) if other is value), None)
+        if at is not None:
+            both.append(left.pop(at))
+    rest = list(mine)
+    for value in both:
+        rest.pop(next(i for i, other in enumerate(rest) if other is value))
+    return tuple(both), tuple(rest), tuple(left)
+
+
 class Value:
     """A tensor of the graph being written: a variable, a constant, or a symbolic zero.
 
-    `nonnegative` is a static fact: no element is below zero. `message` says that it depends on what is asked, so that
-    it may have as many rows as there are questions, while what is no message is computed once for the sample. A product
-    of a message and such a factor is written late: divided by another factor it stays one product, and
-    a . T(s) / z costs one pass over the questions, not two.
+    `nonnegative` and `nonpositive` are static facts: no element is below (above) zero. `message` says that it depends
+    on what is asked, so that it may have as many rows as there are questions, while what is no message is computed once
+    for the sample. A product of a message and such factors is written late: divided by another factor it stays one
+    product, and a . T(s) / z costs one pass over the questions, not two; a . x + a . y is written as a . (x + y).
     """
 
     __array_ufunc__ = None  # numpy must not swallow `array * value`
@@ -43,15 +103,23 @@ class Value:
         *,
         nonnegative: bool = False,
         message: bool = False,
-        product: tuple[Value, Value] | None = None,
+        product: Product | None = None,
     ) -> None:
         self.graph = graph
         self._tensor = tensor
         self.array = array
         self.message = message
-        self.product = product  # (factor, message), not written yet
+        self.product = product
         self._scope = list(graph._scope) if product else []
         self.nonnegative = nonnegative or (array is not None and array.dtype.kind in "fiu" and bool((array >= 0).all()))
+        self._nonpositive = False
+
+    @property
+    def nonpositive(self) -> bool:
+        """True if no element is above zero."""
+        if self.array is not None and self.array.dtype.kind in "fiu" and not self.nonnegative:
+            return bool((self.array <= 0).all())
+        return self._nonpositive or self.is_zero
 
     @property
     def is_zero(self) -> bool:
@@ -68,9 +136,8 @@ class Value:
         """The graphsurgeon tensor; made on first use for constants and products."""
         if self._tensor is None:
             if self.product is not None:
-                factor, message = self.product
                 with self.graph.back_in(self._scope):
-                    self._tensor = self.graph.Mul(message, factor).tensor
+                    self._tensor = self.graph.Mul(self.product.message, self.product.factor).tensor
                 return self._tensor
             if self.array is None:
                 raise ValueError("a symbolic zero has no tensor: it must not reach a node")
@@ -89,7 +156,7 @@ class Value:
         if self.is_zero:
             return "Value(0)"
         if self._tensor is None and self.product is not None:
-            return f"Value({self.product[0]!r} * {self.product[1]!r})"
+            return f"Value({self.product.message!r} * {self.product.factors!r} / {self.product.divisors!r})"
         return f"Value({self.name}{', constant' if self.is_constant else ''})"
 
     # A sum drops zeros, a product is swallowed by them: this is where branches that cannot matter disappear.
@@ -101,13 +168,24 @@ class Value:
             return self
         if self._is_scalar(0):
             return other
-        return self.graph.Add(self, other)._if(nonnegative=self.nonnegative and other.nonnegative)
+        return self._combined(self.graph.Add, other)._if(
+            nonnegative=self.nonnegative and other.nonnegative, nonpositive=self.nonpositive and other.nonpositive
+        )
 
     def __sub__(self, other: Any) -> Value:
         other = self.graph.as_value(other)
         if other.is_zero or other._is_scalar(0):
             return self
-        return -other if self.is_zero else self.graph.Sub(self, other)
+        return -other if self.is_zero else self._combined(self.graph.Sub, other)
+
+    def _combined(self, how: Callable[..., Value], other: Value) -> Value:
+        """Sum or difference of two values; factors that both share are multiplied afterwards."""
+        shared = self.product and other.product and self.product.shared(other.product)
+        if not shared:
+            return how(self, other)
+        common, mine, theirs = shared
+        message = how(self.graph.delayed(mine), self.graph.delayed(theirs))
+        return self.graph.delayed(Product(message, common.factors, common.divisors))
 
     def __mul__(self, other: Any) -> Value:
         other = self.graph.as_value(other)
@@ -118,7 +196,7 @@ class Value:
         nonnegative = self.nonnegative and other.nonnegative
         if self.message != other.message:
             factor, message = (other, self) if self.message else (self, other)
-            return self.graph.scaled(factor, message)._if(nonnegative=nonnegative)
+            return self.graph.delayed((message.product or Product(message)).times(factor))._if(nonnegative=nonnegative)
         return self.graph.Mul(self, other)._if(nonnegative=nonnegative)
 
     def __truediv__(self, other: Any) -> Value:
@@ -129,8 +207,7 @@ class Value:
             return self
         nonnegative = self.nonnegative and other.nonnegative
         if self.product is not None and not other.message:
-            factor, message = self.product
-            return self.graph.scaled(factor / other, message)._if(nonnegative=nonnegative)
+            return self.graph.delayed(self.product.over(other))._if(nonnegative=nonnegative)
         return self.graph.Div(self, other)._if(nonnegative=nonnegative)
 
     def __matmul__(self, other: Any) -> Value:
@@ -170,9 +247,14 @@ class Value:
     def _is_scalar(self, number: float) -> bool:
         return self.array is not None and self.array.ndim == 0 and self.array == number
 
-    def _if(self, *, nonnegative: bool) -> Value:
-        if nonnegative:
-            self.nonnegative = True
+    def _know(self, array: np.ndarray) -> Value:
+        """Written as nodes, known all the same."""
+        self.array, self.nonnegative = array, array.dtype.kind in "fiu" and bool((array >= 0).all())
+        return self
+
+    def _if(self, *, nonnegative: bool = False, nonpositive: bool = False) -> Value:
+        self.nonnegative |= nonnegative
+        self._nonpositive |= nonpositive
         return self
 
 
@@ -191,9 +273,11 @@ class Graph:
         taken: Iterable[str] = (),
         dtype: Any = np.float32,
         flip_convolutions: bool = True,
+        store_weights: bool = False,
     ) -> None:
         self.opset = opset
         self.flip_convolutions = flip_convolutions  # stride-1 transposes as convolutions: twice as fast on CPU
+        self.store_weights = store_weights  # W+, flipped kernels ... as constants, not as nodes that a runtime folds
         self.dtype = np.dtype(dtype)
         self.nodes: list[gs.Node] = list(nodes)
         self.zero = Value(self, None, nonnegative=True)
@@ -295,8 +379,10 @@ class Graph:
         key = (op, domain, outputs, tuple(id(value) for value in values), _frozen(attrs))
         if key in self._written:
             return self._written[key][0]
-        result: Any = self._fold(op, values, attrs) if outputs == 1 and not domain else None
-        if result is None:
+        folded = self._fold(op, values, attrs) if outputs == 1 and not domain else None
+        if folded is not None and self._stores(folded):
+            result: Any = self.constant(folded)
+        else:
             name = self.unique(op)
             tensors = [gs.Variable(name if outputs == 1 else self.unique(op)) for _ in range(outputs)]
             node_inputs = [gs.Variable.empty() if value is None else value.tensor for value in values]
@@ -307,29 +393,32 @@ class Graph:
             for each in made:
                 each.message = any(value is not None and value.message for value in values)
             result = made[0] if outputs == 1 else made
+            if folded is not None:
+                result._know(folded)
         self._written[key] = (result, values)  # keeps the operands alive, so that no id is used twice
         return result
 
-    def _fold(self, op: str, values: Sequence[Value | None], attrs: dict[str, Any]) -> Value | None:
+    def _stores(self, array: np.ndarray) -> bool:
+        """Whether an array that follows from constants goes into the file, not the nodes that make it."""
+        return self.store_weights or array.size <= _SMALL
+
+    def _fold(self, op: str, values: Sequence[Value | None], attrs: dict[str, Any]) -> np.ndarray | None:
         if op not in _NUMPY or attrs or any(value is None or value.array is None for value in values):
             return None
         arrays = [value.array for value in values if value is not None and value.array is not None]
         if sum(array.size for array in arrays) < np.prod(np.broadcast_shapes(*(a.shape for a in arrays))) / 4:
             return None  # an outer product would only make the file larger
         result = np.asarray(_NUMPY[op](*arrays))
-        return self.constant(result if result.dtype.kind == "b" else result.astype(arrays[-1].dtype, copy=False))
+        return result if result.dtype.kind == "b" else result.astype(arrays[-1].dtype, copy=False)
 
     # ---- what arithmetic alone does not say --------------------------------------------------------------------
-    def scaled(self, factor: Value, message: Value) -> Value:
-        """`message` times a factor that is the same for all questions; written when somebody reads it."""
-        if message.product is not None:
-            inner, message = message.product
-            factor = inner * factor
-        if factor._is_scalar(1):
-            return message
-        key = ("scaled", id(factor), id(message))
+    def delayed(self, product: Product) -> Value:
+        """The value of a product that is written when somebody reads it."""
+        if product.is_bare:
+            return product.message
+        key = ("product", id(product.message), tuple(map(id, product.factors)), tuple(map(id, product.divisors)))
         if key not in self._written:
-            self._written[key] = (Value(self, None, message=True, product=(factor, message)), [factor, message])
+            self._written[key] = (Value(self, None, message=True, product=product), [product])
         return self._written[key][0]
 
     def where(self, condition: Value, yes: Any, no: Any) -> Value:
@@ -338,8 +427,7 @@ class Graph:
         if yes.is_zero and no.is_zero:
             return self.zero
         if yes.product is not None and no.is_zero and not condition.message:
-            factor, message = yes.product
-            return self.scaled(self.where(condition, factor, 0.0), message)
+            return self.delayed(Product(yes.product.message).times(self.where(condition, yes.product.factor, 0.0)))
         yes, no = (self.as_value(0.0) if value.is_zero else value for value in (yes, no))
         return self.Where(condition, yes, no)._if(nonnegative=yes.nonnegative and no.nonnegative)
 
@@ -355,12 +443,21 @@ class Graph:
         """Shape of a value at run time, int64 [end - start]."""
         return self.Shape(value, start=start, end=end)
 
-    def derive(self, x: Value, what: str, function: Callable[[np.ndarray], np.ndarray]) -> Value:
-        """`function` of a constant, computed once under the name `what`; a symbolic zero if nothing is left of it."""
+    def derive(
+        self, x: Value, what: str, function: Callable[[np.ndarray], np.ndarray], nodes: Callable[[Value], Value]
+    ) -> Value:
+        """`function` of a constant under the name `what`; a symbolic zero if nothing is left of it.
+
+        Large ones are written as `nodes`, which runtimes fold when they load the file: it need not hold W and W+.
+        """
         key = (what, id(x))
         if key not in self._written:
             array = function(x.array)  # type: ignore[arg-type]
-            self._written[key] = (self.constant(array) if array.any() else self.zero, [x])
+            if not array.any():
+                result = self.zero
+            else:
+                result = self.constant(array) if self._stores(array) else nodes(x)._know(array)
+            self._written[key] = (result, [x])
         return self._written[key][0]
 
     def sum(self, values: Sequence[Value]) -> Value:
@@ -376,7 +473,7 @@ def positive(x: Value) -> Value:
     if x.is_zero or x.nonnegative:
         return x
     if x.array is not None:
-        return x.graph.derive(x, "positive", lambda array: np.maximum(array, 0))
+        return x.graph.derive(x, "positive", lambda array: np.maximum(array, 0), x.graph.Relu)
     return x.graph.Relu(x)._if(nonnegative=True)
 
 
@@ -385,8 +482,8 @@ def negative(x: Value) -> Value:
     if x.is_zero or x.nonnegative:
         return x.graph.zero
     if x.array is not None:
-        return x.graph.derive(x, "negative", lambda array: np.minimum(array, 0))
-    return -x.graph.Relu(-x)
+        return x.graph.derive(x, "negative", lambda array: np.minimum(array, 0), lambda x: x.graph.Min(x, 0.0))
+    return (-x.graph.Relu(-x))._if(nonpositive=True)
 
 
 def stabilize(z: Value, epsilon: float) -> Value:

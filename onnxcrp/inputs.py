@@ -7,20 +7,39 @@ from typing import Any
 
 import numpy as np
 
+from onnxcrp.device import DeviceArray, on_host, taken
 from onnxcrp.errors import InputError
 
 
 def check_array(name: str, value: Any, kind: np.dtype, shape: tuple[int | str | None, ...]) -> np.ndarray:
     """One input as the model takes it; raises InputError for what would be misread."""
     try:
-        array = np.asarray(value)
+        array = np.asarray(on_host(name, value))
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"input {name}: not an array: {str(error).splitlines()[0]}") from error
     if array.dtype == object:
         raise InputError(f"input {name}: not an array of numbers", hint=f"expected {kind}")
-    expected = f"[{', '.join('B' if not at and not isinstance(d, int) else str(d) for at, d in enumerate(shape))}]"
     if array.dtype != kind:
         array = _cast(name, array, kind)
+    _check_shape(name, array, shape)
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        bad = ~np.isfinite(array)
+        where = [int(i) for i in np.argwhere(bad)[0]]
+        raise InputError(f"input {name} holds {int(bad.sum())} values that are NaN or infinite, the first at {where}")
+    return np.ascontiguousarray(array)
+
+
+def check_device_array(name: str, value: Any, kind: np.dtype, shape: tuple[int | str | None, ...]) -> DeviceArray:
+    """One input that stays where it is; raises InputError for another type or shape, values are not looked at."""
+    array = taken(name, value)
+    if array.dtype != kind:
+        raise InputError(f"input {name} is {array.dtype}, expected {kind}", hint="arrays on a device are not converted")
+    _check_shape(name, array, shape)
+    return array
+
+
+def _check_shape(name: str, array: np.ndarray | DeviceArray, shape: tuple[int | str | None, ...]) -> None:
+    expected = f"[{', '.join('B' if not at and not isinstance(d, int) else str(d) for at, d in enumerate(shape))}]"
     if array.ndim != len(shape):
         missing = array.ndim == len(shape) - 1
         raise InputError(
@@ -33,11 +52,6 @@ def check_array(name: str, value: Any, kind: np.dtype, shape: tuple[int | str | 
                 f"input {name} has shape {list(array.shape)}, expected {expected}",
                 hint=_layout_hint(array.shape, shape),
             )
-    if array.dtype.kind == "f" and not np.isfinite(array).all():
-        bad = ~np.isfinite(array)
-        where = [int(i) for i in np.argwhere(bad)[0]]
-        raise InputError(f"input {name} holds {int(bad.sum())} values that are NaN or infinite, the first at {where}")
-    return np.ascontiguousarray(array)
 
 
 def _cast(name: str, array: np.ndarray, kind: np.dtype) -> np.ndarray:

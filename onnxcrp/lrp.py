@@ -14,24 +14,26 @@ Sources: Bach et al. 2015 (PLoS ONE 10(7)); Montavon et al. 2017 (Deep Taylor), 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from onnxcrp.errors import CompositeError
+from onnxcrp.errors import CompositeError, PluginError
 from onnxcrp.graph import Graph, Value, negative, positive, stabilize
 from onnxcrp.ops.attention import Normalization, softmax_axis
+from onnxcrp.ops.kernels import Machine
 from onnxcrp.ops.linear import batchnorm_scale
 from onnxcrp.ops.normalization import LocalResponse
-from onnxcrp.ops.registry import OPS, Node, Op, Parts
+from onnxcrp.ops.registry import FAMILIES, Node, Op, Parts, about
 
 LINEAR = frozenset({"convolution", "dense"})
 SUMMING = frozenset({"average", "sum"})
 ELEMENTWISE = frozenset({"activation", "scale", "normalization"})
 BILINEAR = frozenset({"product", "matmul"})
-EVERY = frozenset({*LINEAR, *SUMMING, *ELEMENTWISE, *BILINEAR, "max", "lrn", "softmax", "layernorm"})
+OTHER = frozenset({"other"})  # operators of which only the transpose is known
+EVERY = frozenset({*LINEAR, *SUMMING, *ELEMENTWISE, *BILINEAR, *OTHER, "max", "lrn", "softmax", "layernorm", "kernel"})
 
 
 @dataclass(frozen=True)
@@ -52,17 +54,23 @@ class Rule:
 RULES: dict[str, Rule] = {}
 
 
-def rule(families: frozenset[str], name: str | None = None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register a rule under its function's name."""
+def rule(families: Iterable[str], name: str | None = None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a rule under its function's name for these op families; its parameters are keyword-only numbers.
+
+    Errors: PluginError if there is a rule of that name, or no such family.
+    """
+    treats = frozenset([families] if isinstance(families, str) else families)
+    if unknown := sorted(treats - FAMILIES.keys()):
+        raise PluginError(f"rule for unknown family {unknown[0]!r}", hint=f"one of {', '.join(FAMILIES)}")
 
     def add(function: Callable[..., Any]) -> Callable[..., Any]:
         key = name or function.__name__
         if key in RULES:
-            raise ValueError(f"rule {key} is registered already")
+            raise PluginError(f"rule {key} is registered already", hint="give the function another name")
         parameters = {
             p.name: p.default for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY
         }
-        RULES[key] = Rule(key, function, families, parameters, (function.__doc__ or "").strip())
+        RULES[key] = Rule(key, function, treats, parameters, (function.__doc__ or "").strip())
         return function
 
     return add
@@ -77,7 +85,7 @@ class Layer:
     def __init__(self, op: Graph, node: Node, *, stabilizer: float = 1e-6, bias: str = "keep") -> None:
         self.op = op
         self.node = node
-        self.about: Op = OPS[node.op]
+        self.about: Op = about(node.op)
         self.stabilizer = stabilizer
         self.bias = bias
         self.vanishes = False  # a static fact: R = 0 wherever z <= 0
@@ -94,7 +102,7 @@ class Layer:
     @property
     def a(self) -> Any:
         """The input [N, in...]; Parts where several inputs carry relevance."""
-        if self.family == "sum":
+        if self.family in ("sum", "other"):
             parts = Parts(self.node.input(i) for i in self.node.data)
             return parts if len(parts) > 1 else parts[0]
         return self.node.input(self.node.data[0])
@@ -113,8 +121,9 @@ class Layer:
             return self.op.zero
         if self.node.op == "BatchNormalization":
             return self.op.constant(batchnorm_scale(self.node)[1].astype(self.op.dtype))
-        if self.about.weighted and self.node.has(2):
-            bias = self.node.input(2)
+        at = 3 if self.family == "kernel" else 2
+        if (self.about.weighted or self.family == "kernel") and self.node.has(at):
+            bias = self.node.input(at)
             return bias if bias.array is None or bias.array.any() else self.op.zero
         return self.op.zero
 
@@ -123,6 +132,8 @@ class Layer:
         """The output L(W,b)a as the forward pass computed it; without the bias if that is dropped."""
         if self.bias == "keep":
             return self.node.output()
+        if self.family == "kernel":
+            return self.node.output() - (self.node.input(3) if self.node.has(3) else 0.0)
         if self.family == "sum":
             shares = self.a * self.T(self.op.as_value(1.0))
             return self.op.sum(shares) if isinstance(shares, Parts) else shares
@@ -138,7 +149,8 @@ class Layer:
             return self.op.zero
         assert self.about.forward is not None
         z = self.about.forward(self.op, self.node, a, W, b)
-        return z._if(nonnegative=a.nonnegative and W.nonnegative and b.nonnegative)
+        alike = (a.nonnegative and W.nonnegative) or (a.nonpositive and W.nonpositive)
+        return z._if(nonnegative=alike and b.nonnegative)
 
     def T(self, s: Any, W: Value | None = None) -> Any:
         """The transpose of L(W,0): [N, out...] -> [N, in...]."""
@@ -158,7 +170,7 @@ class Layer:
 # ---- rules for layers with weights ---------------------------------------------------------------------------------
 
 
-@rule(LINEAR | SUMMING | {"normalization"})
+@rule(LINEAR | SUMMING | OTHER | {"normalization"})
 def zero(layer: Layer, R: Value) -> Any:
     """LRP-0, also LRP-z (Bach et al. 2015; Kohlbrenner et al. 2020, Eq. 1): R_i = sum_j a_i w_ij / z_j R_j.
 
@@ -170,7 +182,7 @@ def zero(layer: Layer, R: Value) -> Any:
     return layer.a * layer.T(s)
 
 
-@rule(LINEAR | SUMMING | {"normalization"})
+@rule(LINEAR | SUMMING | OTHER | {"normalization"})
 def epsilon(layer: Layer, R: Value, *, epsilon: float = 1e-6) -> Any:
     """LRP-epsilon (Kohlbrenner et al. 2020, Eq. 2; CRP Eq. 32): R_i = sum_j a_i w_ij / (z_j + epsilon sign z_j) R_j."""
     s = R / layer.stab(layer.z, epsilon)
@@ -279,7 +291,7 @@ def flat(layer: Layer, R: Value) -> Any:
 # ---- rules for sums, products, windows -----------------------------------------------------------------------------
 
 
-@rule(SUMMING)
+@rule(SUMMING | OTHER)
 def norm(layer: Layer, R: Value) -> Any:
     """Every summand its share (thesis Eq. 2.39): R_i = x_i J_i^T[R / stab(f(x))]. A constant summand counts as bias."""
     s = R / layer.stab(layer.z)
@@ -300,7 +312,7 @@ def first(layer: Layer, R: Value) -> Any:
     return Parts([R] + [layer.op.zero] * (n - 1)) if n > 1 else R
 
 
-@rule(ELEMENTWISE, name="pass")
+@rule(ELEMENTWISE | OTHER | {"softmax"}, name="pass")
 def pass_(layer: Layer, R: Value) -> Value:
     """R unchanged (thesis Eq. 2.37): elementwise functions have nothing to share out."""
     return R
@@ -399,6 +411,69 @@ def layernorm(layer: Layer, R: Value) -> Value:
 def embedding(layer: Layer, R: Value) -> Value:
     """A token's relevance is the sum over the features it looked up: [B, T, C] -> [B, T]."""
     return layer.T(R)
+
+
+# ---- kernel machines and bags of words ------------------------------------------------------------------------------
+
+
+@rule(frozenset({"kernel", "dense"}))
+def share(layer: Layer, R: Value) -> Value:
+    """Linear models and kernels that are sums over features, by share (Bach et al. 2015): f_p = sum_d f_pd + b_p.
+
+    R_d = sum_p (f_pd + b_p / D) R_p / f_p, f_pd = sum_s alpha_ps k(x_d, v_sd), or x_d w_pd for a linear model.
+    """
+    op, s = layer.op, R / layer.stab(layer.z)
+    if layer.node.op == "Kernel":
+        raise CompositeError(
+            f"rule share is for kernels that are sums over features, {layer.node!r} is none", hint="use rule taylor"
+        )
+    machine = Machine(op, layer.node) if layer.family == "kernel" else None
+    back = machine.over_vectors(s, machine.terms) if machine else layer.a * layer.T(s)
+    features = machine.features if machine else layer.W.array.shape[1]  # type: ignore[union-attr]
+    if layer.b.is_zero:
+        return back
+    return back + op.ReduceSum(s * layer.b, [-1], keepdims=1) * (1 / features)
+
+
+@rule(frozenset({"average"}))
+def bag(layer: Layer, R: Value) -> Value:
+    """From the bins of a bag to its local descriptors (Bach et al. 2015): each its share, all alike if a bin is empty.
+
+    R_l = sum_d m_d(l) / sum_l' m_d(l') R_d, and R_d / number of descriptors for the bins that no descriptor fills.
+    """
+    op, z = layer.op, layer.z
+    filled = op.Abs(z) > 1e-30
+    s = op.where(filled, R / op.where(filled, z, 1.0), 0.0)
+    return layer.a * layer.T(s) + flat(layer, op.where(filled, 0.0, R))
+
+
+@rule(frozenset({"kernel"}))
+def taylor(layer: Layer, R: Value, *, reference: Any = 0.0, at: str = "sample") -> Value:
+    """Differentiable kernels by first-order Taylor decomposition (Bach et al. 2015; thesis 2.4).
+
+    R_d = sum_p [(x - x0)_d df_p/dx_d + f_p(x0) / D] R_p / f_p. The reference point x0 is `reference`, a number or one
+    per feature; the derivative is that at the sample, or at x0 (`at`). What is of higher order is lost.
+    `reference="boundary"`: x0_p = x - f_p g_p / |g_p|^2, where the tangent at the sample is 0, so that nothing is lost:
+    R_d = sum_p g_pd^2 / |g_p|^2 R_p, with g_p = df_p/dx.
+    """
+    op = layer.op
+    if layer.node.op != "Kernel":
+        raise CompositeError(f"rule taylor needs a derivative, the kernel of {layer.node!r} has none", hint="use share")
+    machine = Machine(op, layer.node)
+    x = machine.x
+    if isinstance(reference, str):
+        if at != "sample":
+            raise CompositeError("the boundary is found from the sample", hint='leave out at = "reference"')
+        square = machine.jacobian(x) * machine.jacobian(x)
+        shares = square / layer.stab(op.ReduceSum(square, [2], keepdims=1), 1e-30)
+        return op.Squeeze(op.Unsqueeze(R, [1]) @ shares, [1])
+    if np.size(reference) not in (1, machine.features):
+        raise CompositeError(f"{np.size(reference)} reference values for {machine.features} features of {layer.node!r}")
+    point = np.broadcast_to(np.asarray(reference, op.dtype).reshape(1, -1), (1, machine.features))
+    x0 = op.constant(np.ascontiguousarray(point))
+    s = R / layer.stab(layer.z)
+    rest = op.ReduceSum(s * (machine(x0) + layer.b), [-1], keepdims=1) * (1 / machine.features)
+    return (x - x0) * machine.T(s, x if at == "sample" else x0) + rest
 
 
 # ---- comparison methods, not LRP -----------------------------------------------------------------------------------

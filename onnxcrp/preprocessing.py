@@ -36,6 +36,7 @@ RESAMPLING = {
 BY_NUMBER = {int(value): name for name, value in RESAMPLING.items()}  # Hugging Face writes Pillow's number
 USUAL_SIZE = 224  # the presets' crop; other input sizes keep their proportion of crop to resize
 USUAL_RESIZE = 256
+LARGEST = 1 << 14  # pixels of a side
 ASK = 'say how with --preprocess: "imagenet", "caffe", "tf", "unit", "none", or a .json file'
 
 
@@ -95,7 +96,7 @@ class Preprocessing:
         return self._extremes(max)
 
     def _extremes(self, pick: Any) -> tuple[float, ...] | None:
-        if not self.known:
+        if not self.known or any(len(values) not in (1, self.channels) for values in (self.mean, self.scale)):
             return None
         ends = (self._values(np.full(self.channels, pixel, np.float64)) for pixel in (0, 255))
         return tuple(float(pick(pair)) for pair in zip(*ends, strict=True))
@@ -445,6 +446,7 @@ def _hugging_face(path: Path, content: Mapping[str, Any]) -> Preprocessing:
     if content.get("do_resize", size is not None):
         edge = size.get("shortest_edge") if isinstance(size, Mapping) else size
         if isinstance(edge, int) and "crop_pct" in content:  # ConvNeXT, PoolFormer: size is that of the crop
+            edge = _integer(path, "size", edge)
             if edge < 384 or not kind.startswith("ConvNext"):
                 share = _numbers(path, content, "crop_pct", 1)[0]
                 if not 0.05 <= share <= 1:
@@ -468,7 +470,8 @@ def _hugging_face(path: Path, content: Mapping[str, Any]) -> Preprocessing:
             )
     if content.get("do_center_crop", "crop_size" in content) and "crop_size" in content:
         crop = _size(path, "crop_size", content["crop_size"])
-    rescale = _numbers(path, content, "rescale_factor", 1 / 255)[0] if content.get("do_rescale", True) else 1.0
+    factor = _nonzero(path, "rescale_factor", _numbers(path, content, "rescale_factor", 1 / 255))[0]
+    rescale = factor if content.get("do_rescale", True) else 1.0
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
     if content.get("do_normalize", "image_mean" in content):
@@ -503,6 +506,8 @@ def _choice(path: Path, content: Mapping[str, Any], key: str, choices: tuple[str
 def _integer(path: Path, where: str, value: Any, *, least: int | None = 1) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or (least is not None and value < least):
         raise InputError(f"{path}: {where} is {json.dumps(value)}, expected a whole number")
+    if value > LARGEST:
+        raise InputError(f"{path}: {where} is {value}, expected at most {LARGEST}")
     return value
 
 
@@ -544,5 +549,5 @@ def _nonzero(path: Path, where: str, values: tuple[float, ...]) -> tuple[float, 
 def _dtype(path: Path, value: Any) -> str:
     try:
         return np.dtype(value).name
-    except TypeError:
+    except (TypeError, ValueError):
         raise InputError(f"{path}: dtype is {value!r}", hint="float32, float16 or uint8") from None

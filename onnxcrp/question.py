@@ -43,15 +43,15 @@ class Asked:
         batch: int,
         forward: Callable[[], np.ndarray],
         *,
-        target: Any,
-        conditions: Any,
-        record: str | Sequence[str],
-        seed: Any,
-        start: Any,
-        start_from: str,
-        bypass: str,
-        pairwise: bool,
-        inputs: str | Sequence[str] | None,
+        target: Any = None,
+        conditions: Any = None,
+        record: str | Sequence[str] = (),
+        seed: Any = None,
+        start: Any = None,
+        start_from: str = "activation",
+        bypass: str = "cut",
+        pairwise: bool = False,
+        inputs: str | Sequence[str] | None = None,
     ) -> None:
         self.models, self.batch, self.pairwise = models, batch, pairwise
         self._forward = forward
@@ -222,6 +222,13 @@ class Asked:
             record=tuple(sorted({layer.name for layer in self.record.values()})),
             inputs=self.inputs,
         )
+
+    def by_plan(self) -> dict[Plan, list[int]]:
+        """The questions by number that one relevance model answers, for each."""
+        groups: dict[Plan, list[int]] = {}
+        for number, question in enumerate(self.questions):
+            groups.setdefault(question.plan, []).append(number)
+        return groups
 
     # --- afterwards ---------------------------------------------------------------------------------------------------
 

@@ -6,24 +6,30 @@ import json
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from onnxcrp.condition import mask
+from onnxcrp.device import is_device_array
 from onnxcrp.errors import InputError, QuestionError
-from onnxcrp.inputs import check_array
+from onnxcrp.inputs import check_array, check_device_array
+from onnxcrp.stages import Staged, split
 
 if TYPE_CHECKING:
+    import onnx
     import onnx_graphsurgeon as gs
 
+    from onnxcrp.cache import Cache
     from onnxcrp.canonize import Canonical
     from onnxcrp.composite import Composite
     from onnxcrp.facts import Facts
+    from onnxcrp.session import Session
 
 Shape = tuple[int | str | None, ...]
+SIZE = "onnxcrp.bytes_of_weights"  # in the metadata of what is run here
 
 
 @dataclass(frozen=True)
@@ -41,9 +47,10 @@ class Plan:
 
 @dataclass
 class Program:
-    """A compiled relevance model: its session, and what its inputs and outputs stand for."""
+    """A compiled relevance model: its session (a `Staged` where asked for), what its inputs and outputs stand for."""
 
     session: Any
+    plan: Plan
     feeds: dict[str, str]  # role ("target", "mask.<layer>", "seed.<layer>") -> input
     relevance: dict[str, str]  # "input/<name>" or "layer/<name>" -> output
     activation: dict[str, str]  # layer -> output
@@ -86,15 +93,28 @@ class RelevanceModels:
         compile_options: Mapping[str, Any],
         session_options: Mapping[str, Any],
         cache_limit: int,
+        cache: Cache | None = None,
     ) -> None:
         self.canonical, self.facts, self.composite = canonical, facts, composite
         self.cache_limit = cache_limit  # bytes of compiled relevance models to keep
+        self._cache = cache
         self._compile_options = compile_options
         self._session_options = session_options
         self._lock = threading.Lock()
         self._compiling = threading.Lock()
-        self._programs: OrderedDict[Plan, _Cell] = OrderedDict()
+        self._programs: OrderedDict[tuple[Plan, bool], _Cell] = OrderedDict()
         self._sizes: dict[tuple[tuple[int, ...], ...], dict[str, int]] = {}
+
+    def with_sessions(self, **options: Any) -> RelevanceModels:
+        """The same relevance models in sessions of their own, with other options."""
+        return RelevanceModels(
+            self.canonical,
+            self.facts,
+            self.composite,
+            compile_options=self._compile_options,
+            session_options={**self._session_options, **options},
+            cache_limit=self.cache_limit,
+        )
 
     # --- layers and inputs --------------------------------------------------------------------------------------------
 
@@ -140,8 +160,11 @@ class RelevanceModels:
         shape = self.inputs[name][1]
         return bool(shape) and (not isinstance(shape[0], int) or self.fixed is not None)
 
-    def check_inputs(self, x: Any) -> tuple[dict[str, np.ndarray], int]:
-        """{input: array} as the model takes it, and the number of samples; raises InputError."""
+    def check_inputs(self, x: Any, *, stay: bool = False) -> tuple[dict[str, Any], int]:
+        """{input: array} as the model takes it, and the number of samples; raises InputError.
+
+        With `stay`, arrays that speak DLPack are taken where they are, as DeviceArrays; their values are not looked at.
+        """
         known = self.inputs
         if not isinstance(x, Mapping):
             if len(known) > 1:
@@ -153,7 +176,10 @@ class RelevanceModels:
         for name in known:
             if name not in x:
                 raise InputError(f"no value for the model's input {name!r}", hint=f"it takes {', '.join(known)}")
-        feeds = {name: check_array(name, x[name], kind, shape) for name, (kind, shape) in known.items()}
+        feeds = {
+            name: (check_device_array if stay and is_device_array(x[name]) else check_array)(name, x[name], kind, shape)
+            for name, (kind, shape) in known.items()
+        }
         counts = {name: len(array) for name, array in feeds.items() if self.is_batched(name)}
         if len(set(counts.values())) > 1:
             sizes = ", ".join(f"{name} {count}" for name, count in counts.items())
@@ -165,18 +191,35 @@ class RelevanceModels:
 
     # --- compiled models ----------------------------------------------------------------------------------------------
 
-    def program(self, plan: Plan) -> Program:
-        """The session of a plan, compiled when first needed and kept while there is room."""
+    def program(self, plan: Plan, *, staged: bool = False) -> Program:
+        """The session of a plan, or its stages, compiled when first needed and kept while there is room."""
+        key = (plan, staged)
         with self._lock:
-            cell = self._programs.setdefault(plan, _Cell())
-            self._programs.move_to_end(plan)
+            cell = self._programs.setdefault(key, _Cell())
+            self._programs.move_to_end(key)
         with cell.lock:  # other plans go on meanwhile
             if cell.program is None:
-                cell.program = self._compile(plan)
-                self._make_room(plan)
+                cell.program = self._compile(plan, staged=staged)
+                self._make_room(key)
         return cell.program
 
-    def _make_room(self, newest: Plan) -> None:
+    @property
+    def everything(self) -> Plan:
+        """The question without a condition for the relevance of all inputs."""
+        return Plan(inputs=tuple(self.facts.inputs), seed=self.composite.seed)
+
+    @cached_property
+    def _activations(self) -> list[str]:
+        """What the backward pass of that question reads of the forward pass."""
+        whole = split(model := self._write(self.everything), _questions(model))
+        return [*whole.factors.reads, *whole.messages.reads]
+
+    def sessions(self) -> list[Any]:
+        """The sessions there are by now."""
+        with self._lock:
+            return [cell.program.session for cell in self._programs.values() if cell.program is not None]
+
+    def _make_room(self, newest: tuple[Plan, bool]) -> None:
         with self._lock:
             total = 0
             for plan in reversed(list(self._programs)):
@@ -185,15 +228,59 @@ class RelevanceModels:
                 if total > self.cache_limit and plan != newest and program is not None:
                     del self._programs[plan]
 
-    def _compile(self, plan: Plan) -> Program:
-        from onnxcrp.backward import compile
+    def _compile(self, plan: Plan, *, staged: bool) -> Program:
+        session: Any
+        if staged:
+            model = self._write(plan)
+            outputs = [port.name for port in model.graph.output]
+            keep = [] if plan == self.everything else self._activations
+            session = Staged(split(model, _questions(model)), outputs, keep, self._start)
+            metadata = _metadata(model)
+        elif self._cache is None:
+            model = self._write(plan)
+            session, metadata = self._start(model), _metadata(model)
+        else:
+            from onnxcrp.session import CPU, providers
+
+            asked = self._session_options
+            chosen = providers(asked.get("providers"), allow_tf32=asked.get("allow_tf32", False))
+            key: dict[str, Any] = {"sha256": self.canonical.sha256, "composite": self._composite(plan).text}
+            key |= {"plan": asdict(plan), "options": dict(self._compile_options), "providers": chosen}
+            cpu = [name for name, _ in chosen] == [CPU]
+            session, metadata = self._cache.session(key, lambda: self._write(plan), self._start, cpu=cpu)
+        names = json.loads(metadata["onnxcrp.map"])
+        relevance = {f"input/{name}": output for name, output in names["inputs"].items()}
+        relevance |= {f"layer/{name}": output for name, output in names["relevance"].items()}
+        return Program(
+            session=session,
+            plan=plan,
+            feeds=_feeds(names),
+            relevance=relevance,
+            activation=names["activation"],
+            explained=names["explained"],
+            outputs=names["outputs"],
+            shares_forward=json.loads(metadata["onnxcrp.facts"])["shares_forward"],
+            size=int(metadata[SIZE]),
+        )
+
+    def _start(self, model: Any, *, optimize: bool = True, optimized: Any = None) -> Session:
+        """A session as the caller of this class wants them."""
         from onnxcrp.session import Session
 
-        composite = self.composite if plan.seed == self.composite.seed else replace(self.composite, seed=plan.seed)
+        optimize = optimize and not self.is_quantized
+        return Session(model, optimize=optimize, optimized=optimized, **self._session_options)
+
+    def _composite(self, plan: Plan) -> Composite:
+        return self.composite if plan.seed == self.composite.seed else replace(self.composite, seed=plan.seed)
+
+    def _write(self, plan: Plan) -> onnx.ModelProto:
+        """The relevance model of a plan; its masks and targets have no defaults."""
+        from onnxcrp.backward import compile
+
         with self._compiling:
             model = compile(
                 self.canonical,
-                composite,
+                self._composite(plan),
                 conditions=plan.conditions,
                 record=plan.record,
                 activations=plan.record,
@@ -201,30 +288,17 @@ class RelevanceModels:
                 start_from=plan.start_from,
                 bypass=plan.bypass,
                 relevance_of=plan.inputs,
+                store_weights=self.is_quantized,  # which runs without the runtime's folding
                 **self._compile_options,
             )
-        meta = {entry.key: entry.value for entry in model.metadata_props}
-        names = json.loads(meta["onnxcrp.map"])
-        feeds = {f"mask.{layer}": name for layer, name in names["masks"].items()}
-        feeds |= {f"seed.{layer}": name for layer, name in names["seeds"].items()}
-        if names["target"]:
-            feeds["target"] = names["target"]
         # all of them are always fed, and onnxruntime binds no initializer to a device
+        fed = _questions(model)
         for at in reversed(range(len(model.graph.initializer))):
-            if model.graph.initializer[at].name in feeds.values():
+            if model.graph.initializer[at].name in fed:
                 del model.graph.initializer[at]
-        relevance = {f"input/{name}": output for name, output in names["inputs"].items()}
-        relevance |= {f"layer/{name}": output for name, output in names["relevance"].items()}
-        return Program(
-            session=Session(model, optimize=not self.is_quantized, **self._session_options),
-            feeds=feeds,
-            relevance=relevance,
-            activation=names["activation"],
-            explained=names["explained"],
-            outputs=names["outputs"],
-            shares_forward=json.loads(meta["onnxcrp.facts"])["shares_forward"],
-            size=sum(len(tensor.raw_data) for tensor in model.graph.initializer),
-        )
+        size = sum(len(tensor.raw_data) for tensor in model.graph.initializer)
+        model.metadata_props.add(key=SIZE, value=str(size))
+        return model
 
     # --- sizes --------------------------------------------------------------------------------------------------------
 
@@ -268,6 +342,22 @@ class RelevanceModels:
             for port in [*model.graph.value_info, *model.graph.output]
             if port.type.tensor_type.HasField("shape")
         }
+
+
+def _metadata(model: onnx.ModelProto) -> dict[str, str]:
+    return {entry.key: entry.value for entry in model.metadata_props}
+
+
+def _questions(model: onnx.ModelProto) -> set[str]:
+    """The inputs of a relevance model that ask: target, masks, seeds."""
+    return set(_feeds(json.loads(_metadata(model)["onnxcrp.map"])).values())
+
+
+def _feeds(names: Mapping[str, Any]) -> dict[str, str]:
+    """Role ("target", "mask.<layer>", "seed.<layer>") -> input, from the map in a relevance model's metadata."""
+    feeds = {f"mask.{layer}": name for layer, name in names["masks"].items()}
+    feeds |= {f"seed.{layer}": name for layer, name in names["seeds"].items()}
+    return feeds | ({"target": names["target"]} if names["target"] else {})
 
 
 def shape_of(tensor: gs.Tensor) -> Shape:

@@ -110,6 +110,15 @@ def channel_axis(shape: Sequence[Any]) -> int | None:
     return layout.index("C") if layout else 1
 
 
+def as_drawn(R: np.ndarray, layout: str) -> np.ndarray | None:
+    """One sample's input relevance as pictures show it: [H, W], channels summed; [leads, L]; None for other ranks."""
+    if R.ndim == 3:
+        return R.sum(-1 if layout == "NHWC" else 0)
+    if R.ndim == 2:
+        return R.T if layout == "NLC" else R
+    return R[None] if R.ndim == 1 else None
+
+
 def plain(value: Any) -> Any:
     """A value as JSON can hold it."""
     if isinstance(value, Mapping):

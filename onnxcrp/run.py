@@ -42,10 +42,7 @@ class Run:
 
     def all(self, asked: Asked) -> Result:
         """Every question for every sample."""
-        groups: dict[Plan, list[int]] = {}
-        for number, question in enumerate(asked.questions):
-            groups.setdefault(question.plan, []).append(number)
-        for plan, numbers in groups.items():
+        for plan, numbers in asked.by_plan().items():
             program = self.models.program(plan)
             together = program.shares_forward and self.models.fixed is None and len(numbers) > 1
             if together and not asked.pairwise:
@@ -62,7 +59,7 @@ class Run:
 
     def on_device(self, asked: Asked) -> Result:
         """All questions in one run, results left where they are; raises QuestionError if one run cannot answer."""
-        plans = {question.plan for question in asked.questions}
+        plans = set(asked.by_plan())
         count = len(asked.questions)
         if len(plans) > 1 or self.models.fixed or (self.batch > 1 and count > 1 and not asked.pairwise):
             raise QuestionError(
@@ -80,7 +77,7 @@ class Run:
             )
             feeds = self._paired(asked, program, pairs)
         found = program.session.run_ortvalues(feeds)
-        self._rest = {name: found[output] for name, output in _without_questions(program).items()}
+        self._rest = {name: found[output] for name, output in self._without_questions(program).items()}
         return self._result(asked, {name: found[output] for name, output in program.relevance.items()})
 
     # --- feeds --------------------------------------------------------------------------------------------------------
@@ -124,10 +121,10 @@ class Run:
     def _answer(self, asked: Asked, program: Program, feeds: dict[str, np.ndarray], pairs: Sequence[Pair]) -> None:
         """Run, and put relevance [n or 1, ...] to its place in [B, N, ...], the rest (once per sample) in [B, ...]."""
         rows, numbers = [row for row, _ in pairs], [number for _, number in pairs]
-        rest = _without_questions(program)
+        rest = self._without_questions(program)
         new = any(name not in self._filled or not self._filled[name][rows].all() for name in rest)
         wanted = [*program.relevance.values(), *(rest.values() if new else ())]
-        found = program.session.run(feeds, list(dict.fromkeys(wanted)))
+        found = self._ask(program, feeds, list(dict.fromkeys(wanted)), rows)
         lead = (self.batch, len(asked.questions)) if asked.many else (self.batch,)
         for name, output in program.relevance.items():
             R = found[output]
@@ -138,6 +135,19 @@ class Run:
         if new:
             for name, output in rest.items():
                 self._keep(name, found[output], rows)
+
+    def _ask(
+        self, program: Program, feeds: dict[str, np.ndarray], outputs: Sequence[str], rows: Sequence[int]
+    ) -> dict[str, np.ndarray]:
+        """Outputs of the relevance model for these samples."""
+        return program.session.run(feeds, outputs)
+
+    @staticmethod
+    def _without_questions(program: Program) -> dict[str, str]:
+        """What has no axis N -> output."""
+        rest = {f"activation/{layer}": output for layer, output in program.activation.items()}
+        rest |= {f"output/{name}": name for name in program.outputs}
+        return rest | {"explained": program.explained}
 
     def _keep(self, name: str, array: np.ndarray, rows: Sequence[int]) -> None:
         if array.ndim == 0 or len(array) not in (1, len(rows), self.models.fixed):  # an output without a batch axis
@@ -191,10 +201,3 @@ class Run:
         recorded = [self.models.layer(name).tensor for name in plan.record]
         answers = sum(sizes.get(name, 0) for name in (*plan.inputs, *recorded))
         return 4 * (LIVE_MESSAGES * largest + 2 * answers)
-
-
-def _without_questions(program: Program) -> dict[str, str]:
-    """What has no axis N -> output."""
-    rest = {f"activation/{layer}": output for layer, output in program.activation.items()}
-    rest |= {f"output/{name}": name for name in program.outputs}
-    return rest | {"explained": program.explained}

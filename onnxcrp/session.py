@@ -16,17 +16,17 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 
+from onnxcrp.device import DeviceArray
 from onnxcrp.errors import InputError, ModelError, OnnxcrpError, RuntimeMissingError
 
 if TYPE_CHECKING:
     import onnx
     import onnxruntime
 
-CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
+CUDA, TENSORRT, CPU = "CUDAExecutionProvider", "TensorrtExecutionProvider", "CPUExecutionProvider"
 INSTALL = 'pip install "onnxcrp[cpu]" (or pip install "onnxcrp[gpu]" on a machine with a CUDA device)'
 PROTOBUF_LIMIT = 2**31 - 2**20  # a protobuf message ends at 2 GiB; the graph needs a little room beside the weights
 SMALL = 1024  # bytes: tensors below stay in the .onnx file, so that shapes and axes can be read without the data file
-DEFAULT_OPTIONS = {CUDA: {"use_tf32": "0"}}
 ALIGNMENT = 64  # bytes: so that tensors mapped from the data file suit every vector instruction
 
 Provider = str | tuple[str, dict[str, str]]
@@ -43,12 +43,15 @@ class Port(NamedTuple):
 # ------------------------------------------------------------------------------------------------------------ providers
 
 
-def providers(requested: Provider | Sequence[Provider] | None = None) -> list[tuple[str, dict[str, str]]]:
+def providers(
+    requested: Provider | Sequence[Provider] | None = None, *, allow_tf32: bool = False
+) -> list[tuple[str, dict[str, str]]]:
     """(name, options) of providers, best first: what is `requested`, else CUDA where there is a device; the CPU last.
 
     `requested` is a name ("cuda", "CUDAExecutionProvider"), a (name, options) pair, or several of them. TensorRT and
-    others are taken on request only. On CUDA, TF32 is off unless the options say otherwise: with its 10-bit mantissa
-    relevance is not accurate enough. Raises RuntimeMissingError without onnxruntime or for what it lacks.
+    others are taken on request only. On CUDA, TF32 is off unless `allow_tf32` or the options say otherwise: with its
+    10-bit mantissa relevance is not accurate enough. CUDA graphs are refused: they replay the addresses of one run.
+    Raises RuntimeMissingError without onnxruntime or for what it lacks.
     """
     available = _onnxruntime().get_available_providers()
     if requested is None:
@@ -63,7 +66,15 @@ def providers(requested: Provider | Sequence[Provider] | None = None) -> list[tu
     for entry in wanted:
         asked, options = (entry, {}) if isinstance(entry, str) else entry
         name = _provider_name(asked, available)
-        chosen[name] = (name, {**DEFAULT_OPTIONS.get(name, {}), **options})
+        defaults = {"use_tf32": str(int(allow_tf32))} if name == CUDA else {}
+        chosen[name] = (name, {**defaults, **options})
+        if str(options.get("enable_cuda_graph", "0")).lower() in ("1", "true"):
+            raise RuntimeMissingError(
+                "enable_cuda_graph is not supported: a captured graph reads the addresses of its first run",
+                hint="leave it out",
+            )
+    if allow_tf32 and CUDA not in chosen:
+        raise RuntimeMissingError("allow_tf32 is for CUDA, which is not used", hint='providers="cuda", or leave it out')
     chosen.setdefault(CPU, (CPU, {}))  # onnxruntime puts it last anyway: nodes that the others cannot run go there
     return list(chosen.values())
 
@@ -111,8 +122,9 @@ class Session:
 
     `model` is a path or a ModelProto, which is not changed; above `size_threshold` bytes it goes through a
     temporary folder with external data. `optimize=False` turns off onnxruntime's own graph optimisation, `threads`
-    sets the threads per operator, `log_severity` 4
-    is silent: what goes wrong is raised, onnxruntime would print it once more.
+    sets the threads per operator, `log_severity` 4 is silent: what goes wrong is raised, onnxruntime would print it
+    once more. `profile`: a folder for onnxruntime's profile, which `end_profile` writes. `optimized`: a file that the
+    optimised graph is written to, to be loaded with `optimize=False` on the same kind of machine.
     Raises ModelError for what onnxruntime cannot load, RuntimeMissingError without onnxruntime or for a provider
     asked for that cannot start.
     """
@@ -126,15 +138,25 @@ class Session:
         threads: int | None = None,
         log_severity: int = 4,
         size_threshold: int = PROTOBUF_LIMIT,
+        allow_tf32: bool = False,
+        profile: str | os.PathLike[str] | None = None,
+        optimized: str | os.PathLike[str] | None = None,
     ) -> None:
         ort = _onnxruntime()
-        chosen = _providers(providers)
+        chosen = _providers(providers, allow_tf32=allow_tf32)
         options = ort.SessionOptions()
         level = ort.GraphOptimizationLevel
         options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
         options.log_severity_level = log_severity
         if threads is not None:
             options.intra_op_num_threads = threads
+        if profile is not None:
+            options.enable_profiling = True
+            options.profile_file_prefix = os.fspath(Path(profile) / secrets.token_hex(4))
+        if optimized is not None:
+            options.optimized_model_filepath = os.fspath(optimized)
+            data = f"{Path(optimized).name}.data"
+            options.add_session_config_entry("session.optimized_model_external_initializers_file_name", data)
         names = [name for name, _ in chosen]
         if CUDA in names:
             _load_cuda(ort)
@@ -156,22 +178,24 @@ class Session:
         self.optional: dict[str, Port] = _ports(self._session.get_overridable_initializers())
         self.outputs: dict[str, Port] = _ports(self._session.get_outputs())
 
-    def run(self, feeds: Mapping[str, np.ndarray], outputs: Sequence[str] | None = None) -> dict[str, np.ndarray]:
+    def run(self, feeds: Mapping[str, Any], outputs: Sequence[str] | None = None) -> dict[str, np.ndarray]:
         """{output: array} in the order of `outputs` (None: all); raises InputError for feeds that do not fit."""
         wanted = self._check(feeds, outputs)
         if not wanted:
             return {}
+        if not all(isinstance(value, np.ndarray) for value in feeds.values()):
+            return {name: value.numpy() for name, value in self.run_ortvalues(feeds, wanted).items()}
         try:
             return dict(zip(wanted, self._session.run(wanted, dict(feeds)), strict=True))
         except Exception as error:
             raise self._run_error(error, feeds) from error
 
     def run_ortvalues(
-        self, feeds: Mapping[str, np.ndarray | onnxruntime.OrtValue], outputs: Sequence[str] | None = None
+        self, feeds: Mapping[str, Any], outputs: Sequence[str] | None = None
     ) -> dict[str, onnxruntime.OrtValue]:
-        """Like `run`, results left on the device as OrtValues (DLPack); feeds may be OrtValues too."""
+        """Like `run`, results left on the device as OrtValues (DLPack); feeds may be OrtValues and DeviceArrays too."""
         wanted = self._check(feeds, outputs)
-        device = "cuda" if CUDA in self.providers else "cpu"
+        device, number = self.device
         binding = self._session.io_binding()
         arrays = {name: np.ascontiguousarray(v) for name, v in feeds.items() if isinstance(v, np.ndarray)}  # kept alive
         try:
@@ -179,14 +203,26 @@ class Session:
                 if name in arrays:
                     binding.bind_cpu_input(name, arrays[name])
                 else:
-                    binding.bind_ortvalue_input(name, value)
+                    binding.bind_ortvalue_input(name, value.value if isinstance(value, DeviceArray) else value)
             for name in wanted:
-                binding.bind_output(name, device)
+                binding.bind_output(name, device, number)
             self._session.run_with_iobinding(binding)
             binding.synchronize_outputs()
             return dict(zip(wanted, binding.get_outputs(), strict=True))
         except Exception as error:
             raise self._run_error(error, feeds) from error
+
+    @property
+    def device(self) -> tuple[str, int]:
+        """Where results are left: ("cuda", number) or ("cpu", 0)."""
+        for name in (CUDA, TENSORRT):
+            if name in self.providers:
+                return "cuda", int(self._session.get_provider_options()[name].get("device_id", 0))
+        return "cpu", 0
+
+    def end_profile(self) -> Path:
+        """Stop profiling; the file that onnxruntime wrote."""
+        return Path(self._session.end_profiling())
 
     def _check(self, feeds: Mapping[str, Any], outputs: Sequence[str] | None) -> list[str]:
         """The outputs to compute, after refusing names that the model does not have."""
@@ -223,10 +259,10 @@ _CUDA_HINT = 'pip install "onnxcrp[gpu]" brings the CUDA and cuDNN libraries; pr
 
 def _ports(arguments: Iterable[Any]) -> dict[str, Port]:
     """NodeArgs of onnxruntime by name."""
-    return {arg.name: Port(arg.name, tuple(arg.shape), _dtype(arg.type)) for arg in arguments}
+    return {arg.name: Port(arg.name, tuple(arg.shape), dtype_of(arg.type)) for arg in arguments}
 
 
-def _dtype(text: str) -> np.dtype | None:
+def dtype_of(text: str) -> np.dtype | None:
     """'tensor(float)' -> float32; None for what is no tensor."""
     import onnx
 

@@ -259,6 +259,19 @@ def test_a_resize_to_a_computed_size_leaves_the_batch_alone():
     assert canonical.graph.nodes[0].attrs["axes"] == [1, 2, 3]
 
 
+def test_a_crop_to_a_computed_size_loses_the_batch_of_its_region_too():
+    model = parse(
+        """net (float[N,3,7,6] x) => (float[] y) {
+            a = Shape<start=0, end=2>(x)
+            t = Concat<axis=0>(a, rest)
+            y = Resize<mode="linear", coordinate_transformation_mode="tf_crop_and_resize">(x, roi, , t) }""",
+        rest=np.array([5, 4], np.int64),
+        roi=np.array([0, 0, 0.1, 0.2, 1, 1, 0.9, 0.8], np.float32),
+    )
+    (node,) = check(model).graph.nodes
+    np.testing.assert_allclose(node.inputs[1].values, [0, 0.1, 0.2, 1, 0.9, 0.8], rtol=1e-6)
+
+
 def test_casts_like_a_tensor_of_known_type():
     model = parse("net (float[N,3] x) => (float[] y) { c = CastLike(k, x) y = Add(x, c) }", k=np.array([1, 2, 3]))
     assert ops(check(model)) == ["Add"]

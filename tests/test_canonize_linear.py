@@ -136,9 +136,20 @@ def test_matmul_with_the_constant_first():
 def test_a_stack_of_one_matrix_is_a_matrix():
     model = parse("net (float[N,3,4] x) => (float[] y) { y = MatMul(x, w) }", w=random(1, 4, 5))
     assert ops(check(model)) == ["Linear"]
+    model = parse("net (float[N,4,3] x) => (float[] y) { y = MatMul(w, x) }", w=random(1, 5, 4))
+    assert ops(check(model)) == ["Transpose", "Linear", "Transpose"]
 
 
-@pytest.mark.parametrize(("x", "w"), [("2,3,4", [2, 4, 5]), ("N,4", [1, 4, 5]), ("N,4", [4])])
+@pytest.mark.parametrize("shape", ["N,4", "N,3,4", "N,2,3,4"])
+def test_a_constant_vector_is_a_matrix_of_one_column(shape):
+    model = parse(f"net (float[{shape}] x) => (float[] y) {{ y = MatMul(x, w) }}", w=random(4))
+    assert ops(check(model)) == ["Linear", "Squeeze"]
+    if shape.count(",") > 1:
+        model = parse(f"net (float[{shape}] x) => (float[] y) {{ y = MatMul(w, x) }}", w=random(3))
+        assert ops(check(model)) == ["Transpose", "Linear", "Squeeze"]
+
+
+@pytest.mark.parametrize(("x", "w"), [("2,3,4", [2, 4, 5]), ("N,4", [1, 4, 5])])
 def test_other_products_stay(x, w):
     model = parse(f"net (float[{x}] x) => (float[] y) {{ y = MatMul(x, w) }}", w=random(*w))
     canonical = check(model, free_batch=False)

@@ -116,6 +116,7 @@ OLD = {
     "upsample 9": ('Upsample<mode="linear">(x, s)', 9, {"s": np.array([1, 1, 1.5, 3], np.float32)}),
     "resize 10": ('Resize<mode="nearest">(x, s)', 10, {"s": np.array([1, 1, 1.5, 2.3], np.float32)}),
     "resize 10 down": ('Resize<mode="nearest">(x, s)', 10, {"s": np.array([1, 1, 0.6, 0.4], np.float32)}),
+    "resize 10 both": ('Resize<mode="nearest">(x, s)', 10, {"s": np.array([1, 1, 0.6, 2.3], np.float32)}),
     "dropout": ("Dropout<ratio=0.5>(x)", 7, {}),
     "clip": ("Clip<min=-0.5, max=0.5>(x)", 7, {}),
     "slice": ("Slice<starts=[1], ends=[5], axes=[2]>(x)", 7, {}),

@@ -228,3 +228,18 @@ def test_a_computed_pad_stays():
 def test_a_pad_by_nothing_is_dropped():
     model = parse("net (float[N,2] x) => (float[] y) { p = Pad(x, amounts) y = Relu(p) }", **pad([0] * 4))
     assert ops(check(model)) == ["Relu"]
+
+
+@pytest.mark.parametrize("op", ["MaxPool<", "AveragePool<", "AveragePool<count_include_pad=1, "])
+def test_windows_that_runtimes_leave_out(op):
+    """onnx's shape inference counts a last window that begins in the padding, runtimes do not."""
+    model = parse(
+        f"""net (float[N,2,7,6] x) => (float[] y) {{
+            p = {op}kernel_shape=[3,3], strides=[3,2], pads=[0,0,2,2], ceil_mode=1>(x)
+            r = Relu(p)
+            y = Conv(r, w) }}""",
+        w=random(3, 2, 1, 1),
+    )
+    canonical = check(model)
+    assert canonical.graph.nodes[0].attrs["ceil_mode"] == 0
+    assert canonical.graph.nodes[1].outputs[0].shape[1:] == [2, 3, 3]

@@ -684,6 +684,11 @@ def test_accuracy_on_photographs(model, published, step):
         '{"rescale_factor": "abc"}',
         '{"do_resize": true, "size": 64, "crop_pct": 0}',
         '{"do_resize": true, "size": 64, "crop_pct": "x"}',
+        '{"do_resize": true, "size": false, "crop_pct": 0.9}',
+        '{"size": 1000000000000}',
+        '{"resize": 1000000000000}',
+        '{"rescale_factor": 0}',
+        '{"dtype": {"size": [3]}}',
         '{"mean": 0, "labels": {}}',
     ],
 )
@@ -692,3 +697,9 @@ def test_a_malformed_preprocessing_file_is_an_error_of_ours(content, tmp_path):
     path.write_text(content)
     with pytest.raises(InputError, match=r"p\.json"):
         Preprocessing.load(path)
+
+
+def test_bounds_are_unknown_where_the_file_speaks_of_other_channels():
+    signal = Preprocessing.load("imagenet").fit(("B", 1, 150), np.float32)
+    assert signal.low is None
+    assert signal.high is None

@@ -11,6 +11,7 @@ import sys
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -469,6 +470,27 @@ def test_stream_gives_the_same_in_parts(residual, image):
         next(residual.stream(image, 1, conditions={"conv2": [1]}))
 
 
+def test_stream_cuts_what_belongs_to_single_samples(residual, image):
+    """The answer in one piece is the oracle: starts, seeds and targets of a sample go with the sample."""
+    rng = np.random.default_rng(6)
+    own, common = rng.random((3, 4, 1, 1)).astype(np.float32), np.ones((4, 1, 1), np.float32)
+    small = Explainer(residual_net(), memory_limit=1)
+    for question in (
+        {"start": {"conv2": own}},
+        {"start": [{"conv2": own}, {"conv2": common}, {"conv2": [1]}], "start_from": "one"},
+        {"target": [0, 1, 2], "start": {"conv2": own}, "start_from": "relevance", "seed": "one"},
+        {"seed": rng.random((3, 5))},
+        {"target": np.array([2, 0, 1]), "seed": "one"},
+    ):
+        whole = ask(residual, image, **question).relevance["x"]
+        parts = list(small.stream(image, **question))
+        assert len(parts) == 3
+        close(np.concatenate([part.relevance["x"] for part in parts]), whole, 1e-5)
+    five, weights = image[[0, 1, 2, 0, 1]], np.arange(5)  # one weight per class, though there are as many samples
+    parts = list(small.stream(five, seed=weights))
+    close(np.concatenate([p.relevance["x"] for p in parts]), ask(residual, five, seed=weights).relevance["x"], 1e-5)
+
+
 def test_the_result_file(residual, image, tmp_path):
     result = ask(residual, image, 1, conditions=[{"conv2": [1]}, {"conv2": {3: 0.5}, "y": 2}], record=["conv1"])
     result.save(tmp_path / "out.npz")
@@ -785,3 +807,14 @@ def test_the_model_itself_is_not_changed(image):
     ask(Explainer(model), image, "top", conditions=MANY)
     assert model.SerializeToString(deterministic=True) == before
     assert onnx.ModelProto.FromString(before) == model
+
+
+def test_another_composite_keeps_model_and_options():
+    net = Path(__file__).parent.parent / "fixtures/digits/net.onnx"
+    explainer = Explainer(net, "epsilon", output="logits", threads=1, memory_limit=10**6)
+    other = explainer.under("flat")
+    assert other.canonical is explainer.canonical
+    assert (other.composite.name, other.memory_limit) == ("flat", 10**6)
+    x = np.random.default_rng(0).normal(0, 1, (1, 1, 32, 32)).astype(np.float32)
+    expected = Explainer(net, "flat").explain(x, 3)
+    np.testing.assert_array_equal(other.explain(x, 3).heatmap, expected.heatmap)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+import tarfile
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # fixtures/ is no part of the installed package
@@ -40,7 +42,7 @@ def fresh() -> shapes.Scenes:
 @pytest.mark.parametrize("name", NETS)
 def test_beside_every_net_lie_its_samples_and_preprocessing(name):
     expected = {
-        "shapes": ["sample.png", "watermark.png", "samples.npz"],
+        "shapes": ["sample.png", "watermark.png", "samples.npz", "scenes.tar"],
         "digits": ["sample.png", "samples.npz"],
         "ecg": ["sample.csv", "sample.npy", "samples.npz"],
         "int8": ["sample.png"],
@@ -154,6 +156,15 @@ def test_committed_samples_are_what_the_generators_draw():
                 assert stored[name].dtype == array.dtype, name
                 difference = np.abs(stored[name].astype(float) - array.astype(float))
                 assert difference.mean() < 1e-3, name  # another numpy may round a few pixels differently
+    with tarfile.open(FIXTURES / "shapes" / "scenes.tar") as tar:
+        drawn = shapes.scenes(shapes.TAR_SCENES, shapes.TAR_SEED)
+        assert len(tar.getnames()) == 2 * shapes.TAR_SCENES
+        for number, label in enumerate(drawn.labels):
+            stem = f"{number:02d}-{shapes.CLASSES[label]}"
+            picture, cls = (tar.extractfile(f"{stem}.{ending}") for ending in ("png", "cls"))
+            assert int(cls.read()) == label
+            difference = np.asarray(Image.open(picture), np.float64) - drawn.images[number]
+            assert np.abs(difference).mean() < 1e-3
     with np.load(FIXTURES / "digits" / "samples.npz") as stored:
         assert common.accuracy(common.run(net("digits"), digits.prepare(stored["images"])), stored["labels"]) >= 0.95
 

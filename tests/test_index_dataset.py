@@ -80,6 +80,20 @@ def test_labels_csv_names_files_and_classes(folder, tmp_path):
         open_data(str(path), port(), labels=tmp_path / "other.csv")
 
 
+def test_a_class_folder_without_samples_is_an_error_rather_than_a_shift_of_labels(folder):
+    path, _ = folder
+    (path / ".cache").mkdir()
+    (path / "aa").mkdir()
+    (path / "aa" / "notes.txt").write_text("no picture")
+    with pytest.raises(InputError, match="aa holds no samples"):
+        open_data(str(path), port())
+    (path / "labels.csv").write_text("file,class_index\nb/2.png,7\n")
+    assert open_data(str(path), port()).label(0) == 7
+    (path / "labels.csv").write_text("file,class_index\nb/2.png,7\nb/2.png,8\n")
+    with pytest.raises(InputError, match=r"line 3: b/2\.png is of class 7 as well as 8"):
+        open_data(str(path), port())
+
+
 def test_pictures_without_subfolders_have_no_labels(tmp_path):
     (tmp_path / "1.png").write_bytes(png(pixels(1)[0]))
     (tmp_path / ".hidden.png").write_bytes(b"")

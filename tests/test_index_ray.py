@@ -75,6 +75,11 @@ def test_a_build_that_was_stopped_goes_on_with_ray(local_ray, net, whole, tmp_pa
     assert indexes.tables(index) == indexes.tables(whole)
 
 
+def test_more_actors_than_cores_share_them(local_ray, net, whole, tmp_path):
+    index = build(net, indexes.data(200), tmp_path / "i", engine="ray", actors=3, **SMALL)  # of 2 cores
+    assert indexes.tables(index) == indexes.tables(whole)
+
+
 def test_errors_of_workers_come_as_they_are(local_ray, net, tmp_path):
     with pytest.raises((InputError, OnnxcrpError), match="no such dataset"):
         build(net, str(tmp_path / "nowhere"), tmp_path / "i", engine="ray", **SMALL)

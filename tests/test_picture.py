@@ -9,6 +9,8 @@ from PIL import Image
 from onnxcrp import picture
 from onnxcrp.errors import InputError, OnnxcrpError
 from onnxcrp.picture import Panel, Scale, colormap, heatmap_rgb, overlay, panels, resized, save, writable
+from onnxcrp.picture.signals import ticks_of
+from onnxcrp.picture.text import HAIRLINE
 
 WHITE, RED, BLUE = (255, 255, 255), (255, 0, 0), (0, 0, 255)
 GREY = np.full((8, 8, 3), 128, np.uint8)
@@ -217,7 +219,7 @@ def test_a_signal_is_coloured_where_it_is_relevant():
     image = panels([Panel("signal", signal=signal, R=R)], normalize="joint")
     body = np.asarray(image)[60:240]
     red, blue = np.flatnonzero(reddish(body).any(0)), np.flatnonzero(bluish(body).any(0))
-    left = np.flatnonzero((body[90] == picture.HAIRLINE).all(-1))[0]  # the frame
+    left = np.flatnonzero((body[90] == HAIRLINE).all(-1))[0]  # the frame
     width = body.shape[1] - 32 - left
     assert np.abs(np.array([red[0], red[-1]]) - (left + width * np.array([0.2, 0.3]))).max() < 0.02 * width
     assert np.abs(np.array([blue[0], blue[-1]]) - (left + width * np.array([0.7, 0.8]))).max() < 0.02 * width
@@ -255,7 +257,7 @@ def test_odd_signals_can_be_drawn(signal):
      (3, 3, 4, [3])],
 )  # fmt: skip
 def test_ticks_are_round_numbers(low, high, most, expected):
-    np.testing.assert_allclose(picture._ticks(low, high, most), expected, atol=1e-12)
+    np.testing.assert_allclose(ticks_of(low, high, most), expected, atol=1e-12)
 
 
 # -------------------------------------------------------------------------------------------------------------- files

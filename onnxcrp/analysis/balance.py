@@ -26,9 +26,10 @@ if TYPE_CHECKING:
 ROUNDING = 2.0**-24  # half a unit in the last place of float32, relative
 
 NOT_ITEMISED = "not itemised"
-LOSSES = ("bias", "constant", "stabilizer", "zero output", "padding", "softmax", NOT_ITEMISED)
+LOSSES = ("bias", "constant", "stabilizer", "zero output", "padding", "softmax", "remainder", NOT_ITEMISED)
 """Where relevance is lost: in biases and constants that are added, in others (a class token), to the stabilizer, at
-outputs that are 0, on padded places, in a softmax inside the model, in rules that are not known here."""
+outputs that are 0, on padded places, in a softmax inside the model, in what a Taylor decomposition leaves out, in rules
+that are not known here."""
 
 GRADIENTS = frozenset({"gradient", "guided_backprop", "deconvnet", "beta_smooth"})
 """Rules that are no LRP: nothing says that their sums stay the same."""
@@ -347,6 +348,15 @@ def balance(layer: Layer, rule: str, R: list[np.ndarray], parameters: Mapping[st
         return _product(layer, rule, R[0], total, size)
     if rule == "softmax":
         return _softmax(layer, R[0], total)
+    if rule == "bag":
+        part = Branch(
+            np.where(np.abs(layer.z) > 1e-30, R[0], 0.0), layer.z, 0.0, layer.gross(layer.a, layer.W, None), 0.0
+        )
+        return Balance([total], [size + float((part.gross * np.abs(part.s)).sum())])
+    if rule == "share":
+        return _share(layer, R[0], total)
+    if rule == "taylor":
+        return _taylor(layer, R[0], total, **parameters)
     if (rule in ("pass", "winner", "embedding") and count == 1) or layer.node.op == "RmsNorm":
         return Balance([total], [size])
     if layer.family == "sum" and rule in ("equal", "flat", "wsquare"):
@@ -447,6 +457,55 @@ def _softmax(layer: Layer, R: np.ndarray, total: float) -> Balance:
     back = x * (R - s * R.sum(axis, keepdims=True))
     gross = np.abs(x) * (np.abs(R) + s * np.abs(R).sum(axis, keepdims=True))
     return Balance([float(back.sum())], [float(gross.sum())], {"softmax": total - float(back.sum())})
+
+
+def _share(layer: Layer, R: np.ndarray, total: float) -> Balance:
+    """All of z is shared out, its bias as well; only the stabilizer keeps something."""
+    inputs = layer.node.inputs
+    dropped = layer.family == "kernel" and not layer.keeps_bias and len(inputs) > 3
+    z = layer.z - (layer.value(inputs[3]) if dropped else 0.0)
+    if layer.family == "kernel":
+        x, V, alpha = layer.a, *(layer.value(tensor) for tensor in inputs[1:3])
+        gross = np.abs(np.minimum(x[:, None], V)).sum(2) @ np.abs(alpha).T
+    else:
+        gross = layer.gross(layer.a, layer.W, layer.b)
+    part = Branch(R, z, 0.0, gross, layer.stabilizer)
+    sent = float((part.z * part.s).sum())
+    return Balance([sent], [float((part.gross * np.abs(part.s)).sum())], {"stabilizer": total - sent})
+
+
+def _taylor(layer: Layer, R: np.ndarray, total: float, *, reference: Any, at: str) -> Balance:
+    """What of f(x) the expansion about x0 is, for each output; the rest is the remainder."""
+    node, x = layer.node, layer.a
+    V, alpha = (layer.value(tensor) for tensor in node.inputs[1:3])
+    b = layer.value(node.inputs[3]) if len(node.inputs) > 3 and layer.keeps_bias else 0.0
+    gamma, coef0, degree = (float(node.attrs.get(name, 0)) for name in ("gamma", "coef0", "degree"))
+
+    def machine(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """f [N, P] and df/dx [N, P, D]."""
+        apart = x[:, None] - V
+        if node.attrs["kind"] == "rbf":
+            K = np.exp(-gamma * (apart**2).sum(2))
+            slope = -2 * gamma * K[:, :, None] * apart
+        else:
+            u = gamma * x @ V.T + coef0
+            K = np.tanh(u) if node.attrs["kind"] == "sigmoid" else u**degree
+            slope = 1 - K**2 if node.attrs["kind"] == "sigmoid" else degree * u ** (degree - 1)
+            slope = gamma * slope[:, :, None] * V
+        return K @ alpha.T + b, np.einsum("ps,nsd->npd", alpha, slope)
+
+    f, g = machine(x)
+    s = np.divide(R, f + np.where(f >= 0, layer.stabilizer, -layer.stabilizer))
+    if isinstance(reference, str):
+        gross = np.abs(R)
+        return Balance([total], [float(gross.sum())], {"remainder": float((R * ((g**2).sum(2) == 0)).sum())})
+    x0 = np.broadcast_to(np.asarray(reference, np.float64).reshape(1, -1), x[:1].shape)
+    f0, g0 = machine(x0)
+    terms = (x - x0)[:, None] * (g if at == "sample" else g0)
+    sent = float((s * (terms.sum(2) + f0)).sum())
+    lost = {"stabilizer": total - float((s * f).sum()), "remainder": float((s * f).sum()) - sent}
+    size = float((np.abs(s) * (np.abs(terms).sum(2) + np.abs(alpha).sum(1) + np.abs(b) + np.abs(f0))).sum())
+    return Balance([sent], [size], lost)
 
 
 def _unpadded(layer: Layer, rank: int) -> tuple[slice, ...]:

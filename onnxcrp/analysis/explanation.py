@@ -29,7 +29,7 @@ from onnxcrp.picture import Panel, number, panels, save
 from onnxcrp.preprocessing import Preprocessing, for_model
 from onnxcrp.question import negative
 from onnxcrp.relevance import shape_of
-from onnxcrp.result import ExplanationWarning, NegativeLogitWarning, Result, plain
+from onnxcrp.result import ExplanationWarning, NegativeLogitWarning, Result, as_drawn, plain
 
 if TYPE_CHECKING:
     import onnx
@@ -54,9 +54,11 @@ def open_model(
     **options: Any,
 ) -> tuple[Explainer, Preprocessing]:
     """An Explainer of the file and the preprocessing of its main input; `options` go to the Explainer."""
+    from onnxcrp.cache import Cache
     from onnxcrp.canonize import canonize
 
-    canonical = canonize(model)
+    cache = Cache.of(options.get("cache"))
+    canonical = canonize(model) if cache is None else cache.canonical(model)
     preprocessing = preprocessing_of(canonical, preprocess, model)
     return Explainer(canonical, composite, preprocessing=preprocessing, **options), preprocessing
 
@@ -88,6 +90,19 @@ def read_samples(
     """The samples of these files for this model, one by one; raises InputError."""
     (name, (shape, dtype)), *others = ports(canonical).items()
     return read_inputs(paths, preprocessing, shape, dtype, input_name=name, others=dict(others))
+
+
+def one_sample(
+    path: str | os.PathLike[str] | None, preprocessing: Preprocessing, canonical: Canonical
+) -> dict[str, np.ndarray] | None:
+    """The one sample of a file as {input: array}, None without a file; raises InputError where there are several."""
+    if path is None:
+        return None
+    samples = read_samples([path], preprocessing, canonical)
+    first = next(samples)
+    if next(samples, None) is not None:
+        raise InputError(f"{path}: holds several samples", hint=f'name one: "{path}[0]"')
+    return dict(first.feeds)
 
 
 def bounded(
@@ -462,12 +477,7 @@ def _heatmap(result: Result, place: int, layout: str) -> tuple[np.ndarray | None
         return None, 0.0
     R = np.asarray(result.relevance[result.image])[0]
     R = R[place] if result.many else R
-    total = float(R.sum(dtype=np.float64))
-    if R.ndim == 3:
-        return R.sum(-1 if layout == "NHWC" else 0), total
-    if R.ndim == 2:
-        return (R.T if layout == "NLC" else R), total
-    return (R[None], total) if R.ndim == 1 else (None, total)
+    return as_drawn(R, layout), float(R.sum(dtype=np.float64))
 
 
 # ----------------------------------------------------------------------------------------------------------- concepts

@@ -837,11 +837,11 @@ def check_spread(question: _Question) -> tuple[Check, dict[str, np.ndarray]]:
 
 
 def _own(rule: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters of the rule itself, without what all rules and the walk add to them."""
+    """The parameters of the rule itself, defaults included, without what all rules and the walk add to them."""
     from onnxcrp.lrp import RULES
 
     known = RULES[rule].parameters if rule in RULES else {}
-    return {name: value for name, value in parameters.items() if name in known}
+    return {name: parameters.get(name, default) for name, default in known.items()}
 
 
 def _inputs_of(values: _Values, facts: Facts) -> list[tuple[str, np.ndarray]]:

@@ -17,10 +17,12 @@ from onnxcrp.canonize.batchnorm import fold_batchnorm
 from onnxcrp.canonize.constants import fold_constants
 from onnxcrp.canonize.contrib import expand_composites
 from onnxcrp.canonize.control import inline_control_flow
+from onnxcrp.canonize.edit import DOMAIN
 from onnxcrp.canonize.kernels import rewrite_kernels
 from onnxcrp.canonize.linear import normalize_linear
 from onnxcrp.canonize.load import SCOPE
 from onnxcrp.canonize.load import load as read
+from onnxcrp.canonize.machines import fuse_kernels
 from onnxcrp.canonize.norms import fuse_norms
 from onnxcrp.canonize.pads import explicit_pads
 from onnxcrp.canonize.qlinear import dequantize_operators
@@ -29,6 +31,8 @@ from onnxcrp.canonize.recurrent import unroll_recurrent
 from onnxcrp.canonize.report import PassReport
 from onnxcrp.canonize.shapes import infer_shapes
 from onnxcrp.canonize.write import write as to_model
+from onnxcrp.ops.registry import key_of
+from onnxcrp.plugins import discover
 
 __all__ = ["Canonical", "PassReport", "canonize"]
 
@@ -66,6 +70,7 @@ def canonize(model: str | os.PathLike | onnx.ModelProto, *, free_batch: bool = T
     `free_batch`: a batch that was exported as 1 is made symbolic where two samples together then give what each
     gives alone.
     """
+    discover()
     source = read(model)
     graph = source.graph
     reports = [source.report]
@@ -95,7 +100,12 @@ def canonize(model: str | os.PathLike | onnx.ModelProto, *, free_batch: bool = T
     else:
         batch = "dynamic" if _is_dynamic(graph) else "fixed"
     reports += [fuse_norms(graph), fuse_activations(graph)]
-    reports += [step(graph) for step in (normalize_linear, explicit_pads, fold_batchnorm, keep_quantization)]
+    reports += [
+        step(graph) for step in (normalize_linear, fuse_kernels, explicit_pads, fold_batchnorm, keep_quantization)
+    ]
+    for node in graph.nodes:  # what no pass has rewritten must not be taken for the standard's operator of that name
+        if node.domain not in ("", None, DOMAIN) and "::" not in node.op:
+            node.op = key_of(node.op, node.domain)
     infer_shapes(graph)
     names = {node.name for node in graph.nodes}
     return Canonical(

@@ -203,6 +203,9 @@ def _resize(site: _Site) -> str | None:
     old = [int(n) for n in sizes.values]
     if len(old) < 2 or old[0] != 1:
         return None
+    if isinstance(node.inputs[1], gs.Constant) and node.inputs[1].values.size:
+        roi = node.inputs[1].values.reshape(2, -1)[:, 1:].ravel()
+        set_input(node, 1, gs.Constant(site.fresh("roi"), roi))
     set_input(node, 3, site.constant("sizes", old[1:]))
     node.attrs["axes"] = list(range(1, len(old)))
     return f"sizes {old} -> {old[1:]}"

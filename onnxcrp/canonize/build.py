@@ -32,7 +32,7 @@ class Build:
 
     def replace(self, node: gs.Node, rewrite: Callable[[gs.Node], str], report: PassReport) -> None:
         """Let `rewrite` append what computes the outputs of `node`; it tells what that is, or raises `Declined`."""
-        old = f"{node.domain}.{describe(node)}" if node.domain else describe(node)
+        old = f"{node.domain}.{describe(node)}" if node.domain and "::" not in node.op else describe(node)
         self.name, self.nodes, self._obsolete = node.name, [], [node]
         try:
             line = rewrite(node)

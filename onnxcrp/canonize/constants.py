@@ -273,6 +273,8 @@ def _resize(node: gs.Node, sizes: dict[str, Sizes], names: Names, batch_unknown:
     if not all(isinstance(size, int) for size in known[1:]):
         return None
     node.attrs["axes"] = list(range(1, len(known)))
+    if (roi := value(node, 1)) is not None and roi.size:
+        set_constant(node, 1, roi.reshape(2, -1)[:, 1:].ravel(), names.fresh(f"{node.name}/roi"))
     set_constant(node, 3, np.array(known[1:], np.int64), names.fresh(f"{node.name}/sizes"))
     return f"{describe(node)}: to {known[1:]}, the batch left alone"
 

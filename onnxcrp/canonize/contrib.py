@@ -23,6 +23,7 @@ from onnxcrp.canonize.build import Build, Declined, arguments, kept, read_output
 from onnxcrp.canonize.edit import DOMAIN, pinned, producer, quiet, rank
 from onnxcrp.canonize.report import PassReport
 from onnxcrp.canonize.shapes import infer_shapes
+from onnxcrp.ops.registry import claimed
 
 MICROSOFT = "com.microsoft"
 CONV = ("auto_pad", "dilations", "group", "kernel_shape", "pads", "strides")
@@ -108,7 +109,7 @@ class _Form:
             if node.op == "SimplifiedLayerNormalization":  # onnxruntime's own, though in the standard's domain
                 return self.counted(self.layer_norm)
             return self.counted(self.expand) if node.op in EXPANDED else None
-        if domain in (DOMAIN, "ai.onnx.ml"):
+        if domain in (DOMAIN, "ai.onnx.ml") or claimed(node.op.rpartition("::")[2], domain):
             return None
         if domain == MICROSOFT and node.op in self.table:
             return self.counted(self.table[node.op])

@@ -15,6 +15,7 @@ x [N, C], one row per sample; v_s [C] the support vectors, a_s their coefficient
     K linear      x v^T                       K rbf         exp(-gamma sum_c (x_c - v_c)^2)
     K poly        (gamma x v^T + coef0)^degree    K sigmoid     tanh(gamma x v^T + coef0)
 
+A machine is one node Kernel, onnxcrp's own, so that its rule can be about the whole of it; a linear one is a Linear.
 The class labels are a constant that ArgMax looks up. A ZipMap, which makes a list of dictionaries out of the scores, is
 dropped: the tensor of scores takes its name.
 """
@@ -22,6 +23,7 @@ dropped: the tensor of scores takes its name.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import onnx
@@ -33,6 +35,8 @@ from onnxcrp.canonize.shapes import infer_shapes
 
 ML = "ai.onnx.ml"
 LARGEST = 1 << 22  # numbers for one sample in sum_c (x_c - v_c)^2
+KINDS = {"RBF": "rbf", "POLY": "polynomial", "SIGMOID": "sigmoid"}  # as onnxcrp/ops/kernels.py names them
+PARAMETERS = {"RBF": ("gamma",), "POLY": ("gamma", "coef0", "degree"), "SIGMOID": ("gamma", "coef0")}
 FLOAT = np.dtype(np.float32)  # what all of these operators give, whatever they read
 
 
@@ -327,29 +331,23 @@ def _linear_classifier(write: _Write, node: gs.Node) -> Results:
 # --------------------------------------------------------------------------------------------------- kernel machines
 
 
-def _kernel(write: _Write, node: gs.Node, vectors: np.ndarray) -> gs.Tensor:
-    """K(x, v_s) for all support vectors [S, C]: [N, C] -> [N, S]."""
+def _machine(write: _Write, node: gs.Node, vectors: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> gs.Tensor:
+    """sum_s a_ps K(x, v_s) + b_p for support vectors [S, C] and coefficients [P, S]: [N, C] -> [N, P]."""
     x, kind = write.float(_rows(node)), _text(node, "kernel_type", "LINEAR")
     if isinstance(x.shape[1] if x.shape else None, int) and x.shape[1] != vectors.shape[1]:
         raise _DeclinedError(f"its support vectors are {list(vectors.shape)}, its input is {x.shape}")
-    gamma, coef0, degree = (float(p) for p in [*_numbers(node, "kernel_params"), 0, 0, 0][:3])
-    if kind == "RBF":
-        if vectors.size > LARGEST:
-            raise _DeclinedError(f"{vectors.size} numbers for each sample are too many")
-        apart = write("Unsqueeze", x, write.constant("axes", [1]))
-        difference = write("Sub", apart, write.constant("support_vectors", vectors[None]))
-        squares = write("Mul", difference, difference)
-        distance = write("ReduceSum", squares, write.constant("features", [2]), keepdims=0)
-        return write("Exp", write("Mul", distance, write.constant("minus_gamma", -gamma)))
     if kind == "LINEAR":
-        return write.linear(x, vectors, None, "support_vectors")
-    if kind not in ("POLY", "SIGMOID"):
+        return write.linear(x, weight.astype(np.float64) @ vectors.astype(np.float64), bias)
+    if kind not in KINDS:
         raise _DeclinedError(f"kernel {kind} is not written out")
-    scaled = (vectors.astype(np.float64) * gamma).astype(FLOAT)
-    product = write.linear(x, scaled, np.full(len(vectors), coef0, FLOAT), "support_vectors")
-    if kind == "SIGMOID":
-        return write("Tanh", product)
-    return write("Pow", product, write.constant("degree", degree))
+    if kind == "RBF" and vectors.size > LARGEST:
+        raise _DeclinedError(f"{vectors.size} numbers for each sample are too many")
+    numbers = dict(zip(("gamma", "coef0", "degree"), [*_numbers(node, "kernel_params"), 0, 0, 0], strict=False))
+    attrs: dict[str, Any] = {name: float(numbers[name]) for name in PARAMETERS[kind]}
+    inputs = [x, write.constant("support_vectors", vectors), write.constant("coefficients", weight.astype(FLOAT))]
+    if bias.any():
+        inputs.append(write.constant("rho", bias.astype(FLOAT)))
+    return write("Kernel", *inputs, domain=DOMAIN, kind=KINDS[kind], **attrs)
 
 
 def _svm_regressor(write: _Write, node: gs.Node) -> Results:
@@ -367,7 +365,7 @@ def _svm_regressor(write: _Write, node: gs.Node) -> Results:
         sums = write.linear(write.float(_rows(node)), coefficients.reshape(1, -1), rho)
     else:
         vectors = _numbers(node, "support_vectors").reshape(count, -1)
-        sums = write.linear(_kernel(write, node, vectors), coefficients.reshape(1, -1), rho, "coefficients")
+        sums = _machine(write, node, vectors, coefficients.reshape(1, -1), rho)
     if not node.attrs.get("one_class", 0):
         return [sums]
     inside = write("Greater", sums, write.constant("zero", 0.0), dtype=np.dtype(bool))
@@ -398,16 +396,17 @@ def _svm_classifier(write: _Write, node: gs.Node) -> Results:
             at = slice(starts[own], starts[own + 1])
             weight[row, at] = coefficients[other, at]
         wins[row, i] = losses[row, j] = 1
-    kernel = _kernel(write, node, vectors)
-    f = write.linear(kernel, weight, rho, "coefficients")
+    if classes == 2:  # [-f, f]
+        scores = _machine(write, node, vectors, np.concatenate([-weight, weight]), np.concatenate([-rho, rho]))
+        f = write("Gather", scores, write.constant("second", [1]), axis=1)
+    else:
+        scores = f = _machine(write, node, vectors, weight, rho)
     won = write("Greater", f, write.constant("zero", 0.0), dtype=np.dtype(bool))
     # votes = losses summed + (wins - losses) where won
     decided = write("Cast", won, to=onnx.TensorProto.FLOAT)
     votes = write("MatMul", decided, write.constant("votes", wins - losses))
     label = _label(write, labels, write("Add", votes, write.constant("lost", losses.sum(0))))
-    if classes == 2:  # [-f, f]
-        f = write.linear(kernel, np.concatenate([-weight, weight]), np.concatenate([-rho, rho]), "coefficients")
-    return [label, _post(write, node, f)]
+    return [label, _post(write, node, scores)]
 
 
 REWRITES: dict[str, Callable[[_Write, gs.Node], Results]] = {

@@ -4,6 +4,7 @@
   same for every row; any other C is added by a node of its own. transA is a Transpose before. A constant, B data:
   the same transposed, (alpha B'^T A'^T)^T.
 - MatMul(a, M) with M constant [in, out]: W = M^T. MatMul(M, x) = (x^T M^T)^T: Transpose, Linear with W = M, Transpose.
+  A constant vector is a matrix of one column (or row), whose axis is squeezed afterwards.
 - Add of a constant that is the same for every row, where nothing else reads the product: b.
 """
 
@@ -95,20 +96,32 @@ class _Form:
         if matrix.dtype.kind != "f":
             return "integers"
         data_rank = rank(node.inputs[1 - index])
+        vector = matrix.ndim == 1
+        if vector:
+            matrix = matrix[:, None] if index == 1 else matrix[None]
         if matrix.ndim > 2 and all(n == 1 for n in matrix.shape[:-2]) and data_rank and data_rank >= matrix.ndim:
             matrix = matrix.reshape(matrix.shape[-2:])
         if matrix.ndim != 2:
             return f"the constant is {list(matrix.shape)}, a matrix is expected"
+        if vector and data_rank is None:
+            return "the rank of its data is not known"
         if index == 1:
             self.set_linear(node, 1, matrix.T, node.inputs[1].name, changed=True)
-            self.absorb_add(node)
+            if vector:
+                self.squeeze_after(node)
+            else:
+                self.absorb_add(node)
             return None
         if data_rank is None or data_rank < 2:
             return "the rank of its data is not known" if data_rank is None else "its data is a vector"
-        self.set_linear(node, 0, matrix, node.inputs[0].name, changed=False)
+        same = matrix.shape == node.inputs[0].shape
+        self.set_linear(node, 0, matrix, node.inputs[0].name, changed=not same)
         perm = [*range(data_rank - 2), data_rank - 1, data_rank - 2]
         self.transpose_before(node, perm)
-        self.transpose_after(node, perm)
+        if vector:
+            self.squeeze_after(node)
+        else:
+            self.transpose_after(node, perm)
         return None
 
     def set_linear(self, node: gs.Node, index: int, weight: np.ndarray, name: str, *, changed: bool) -> None:
@@ -134,13 +147,22 @@ class _Form:
         set_input(node, 0, flipped)
 
     def transpose_after(self, node: gs.Node, perm: list[int]) -> None:
-        name = self.names.fresh(f"{node.name}/Transpose")
+        shape = _permuted(node.outputs[0], [int(axis) for axis in np.argsort(perm)])
+        self.after(node, "Transpose", {"perm": perm}, shape=shape)
+
+    def squeeze_after(self, node: gs.Node) -> None:
+        """The product with a vector has one column less: the last axis goes."""
+        axes = gs.Constant(self.names.fresh(f"{node.name}/axes"), np.array([-1], np.int64))
+        self.after(node, "Squeeze", {}, axes)
+
+    def after(self, node: gs.Node, op: str, attrs: dict, *more: gs.Tensor, shape: list | None = None) -> None:
+        """Put what `node` gives, of that shape, through one more node."""
+        name = self.names.fresh(f"{node.name}/{op}")
         output = node.outputs[0]
-        shape = _permuted(output, [int(axis) for axis in np.argsort(perm)])
-        flipped = gs.Variable(self.names.fresh(f"{node.name}_output"), dtype=output.dtype, shape=shape)
-        set_output(node, flipped)
+        raw = gs.Variable(self.names.fresh(f"{node.name}_output"), dtype=output.dtype, shape=shape)
+        set_output(node, raw)
         _, after = self.new.setdefault(id(node), ([], []))
-        after.append(gs.Node("Transpose", name, {"perm": perm}, [flipped], [output]))
+        after.append(gs.Node(op, name, attrs, [raw, *more], [output]))
 
     def add(self, node: gs.Node, addend: gs.Tensor, factor: float, swapped: bool) -> None:
         """beta C: into b where it is a constant and the same for every row, else by an Add."""

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -23,14 +24,16 @@ import onnx.numpy_helper
 import onnx.version_converter
 import onnx_graphsurgeon as gs
 
-from onnxcrp.canonize.edit import Names, quiet, value
+from onnxcrp.canonize.edit import Names, quiet, set_constant, set_output, value
 from onnxcrp.canonize.report import PassReport
 from onnxcrp.errors import ModelError
+from onnxcrp.ops.registry import claimed, key_of
 
 OPSET = 18  # what canonical graphs are written in, unless the file is newer
 OLDEST = 7
 BIG = 4096  # elements; larger constants stay out of the skeleton
 SCOPE = "onnxcrp.scope"
+REWRITTEN = (None, "", "com.microsoft", "ai.onnx.ml")  # domains whose operators passes know by their plain names
 QUANTIZER = re.compile(r"_((de)?quant(ized)?|(Deq|Q)uantizeLinear(_Output)?)$")  # what quantizers append to a name
 AUTOMATIC = re.compile(r"^(\d+|onnx::.*|/.*|_?val_\d+|_v_\d+|[cC]onst.*|.*ReadVariableOp.*|.*FakeQuant.*)$")
 WEIGHTED = {"Conv", "ConvTranspose", "Gemm", "MatMul", "BatchNormalization"}
@@ -54,15 +57,16 @@ class Source:
 def load(model: str | os.PathLike | onnx.ModelProto) -> Source:
     """Read a path or ModelProto, which is left as it is; errors: ModelError if it is no model, too old or too new."""
     if isinstance(model, onnx.ModelProto):
-        proto, folder, sha256 = model, None, _hash_proto(model)
+        proto, folder, sha256 = model, None, hash_model(model)
     else:
         path = Path(model)
         proto = _read(path)
         folder = path.parent
-        sha256 = _hash_files([path, *sorted({_external_file(t, folder) for t in _tensors(proto) if _is_external(t)})])
+        sha256 = hash_files([path, *_external_files(proto, folder)]).hexdigest()
     opset = _source_opset(proto)
     report = PassReport("load")
     skeleton, arrays = _split(proto, opset, folder, report)
+    kept = _keep_functions(skeleton)
     if skeleton.functions:
         report.done.append(f"{len(skeleton.functions)} local function(s) inlined")
         skeleton = call(onnx.inliner.inline_local_functions, skeleton, True, what="local functions cannot be inlined")
@@ -72,7 +76,10 @@ def load(model: str | os.PathLike | onnx.ModelProto) -> Source:
     scopes = {output: scope for output, node in hints.items() if (scope := _scope(node))}
     names = {output: (node.name, node.op_type) for output, node in hints.items()}
     upgraded = _upgrade(skeleton, opset, arrays, report)
-    graph = _import(upgraded, arrays)
+    graph = import_graph(upgraded, arrays)
+    graph.functions = _imported(kept, skeleton)
+    for function in kept:
+        report.done.append(f"local function {function.domain}::{function.name} kept: it has a transpose of its own")
     if opset <= 10:
         _old_resizes(graph)
     _name_nodes(graph, {output: name for output, (name, _) in names.items()})
@@ -149,16 +156,26 @@ def _runtime_knows(opset: int) -> bool:
     return True
 
 
-def _hash_files(paths: Iterable[Path]) -> str:
-    digest = hashlib.sha256()
+def files_of(path: Path) -> list[Path]:
+    """The model file and its files of external data, in the order in which they are hashed."""
+    return [path, *_external_files(_read(path), path.parent)]
+
+
+def _external_files(proto: onnx.ModelProto, folder: Path) -> list[Path]:
+    return sorted({_external_file(tensor, folder) for tensor in _tensors(proto) if _is_external(tensor)})
+
+
+def hash_files(paths: Iterable[Path], start: Any = None) -> Any:
+    """SHA-256 of files one after the other, going on from `start`, which is left as it is."""
+    digest = hashlib.sha256() if start is None else start.copy()
     for path in paths:
         with open(path, "rb") as file:
             while chunk := file.read(1 << 22):
                 digest.update(chunk)
-    return digest.hexdigest()
+    return digest
 
 
-def _hash_proto(model: onnx.ModelProto) -> str:
+def hash_model(model: onnx.ModelProto) -> str:
     """Of the serialized model; weights are hashed one by one where they do not fit into one protobuf."""
     if sum(len(tensor.raw_data) for tensor in model.graph.initializer) < 2**30:
         try:
@@ -274,6 +291,34 @@ def _split(
     return skeleton, arrays
 
 
+def _keep_functions(skeleton: onnx.ModelProto) -> list[onnx.FunctionProto]:
+    """Take out the local functions that somebody registered an operator for, and copies of what these call."""
+    functions = {(function.domain, function.name): function for function in skeleton.functions}
+    own = [key for key in functions if claimed(key[1], key[0])]
+    if not own:
+        return []
+    needed, waiting = {}, list(own)
+    while waiting:
+        key = waiting.pop()
+        if key in functions and key not in needed:
+            needed[key] = functions[key]
+            waiting += [(node.domain, node.op_type) for node in functions[key].node]
+    kept = [onnx.FunctionProto.FromString(function.SerializeToString()) for function in needed.values()]
+    others = [functions[key] for key in functions if key not in own]
+    others = [onnx.FunctionProto.FromString(function.SerializeToString()) for function in others]
+    del skeleton.functions[:]
+    skeleton.functions.extend(others)
+    return kept
+
+
+def _imported(functions: list[onnx.FunctionProto], model: onnx.ModelProto) -> list[gs.Function]:
+    """What every model that is written carries along."""
+    empty = onnx.helper.make_graph([], "none", [], [])
+    holder = onnx.helper.make_model(empty, functions=functions, opset_imports=model.opset_import)
+    with quiet():
+        return list(gs.import_onnx(holder).functions) if functions else []
+
+
 def _default_domain(container: onnx.GraphProto | onnx.FunctionProto, foreign: set[str]) -> None:
     """`ai.onnx` is another name of the standard domain, into which onnxruntime's optimizer writes `foreign` ops."""
     for node in container.node:
@@ -326,7 +371,7 @@ def _take_constants(graph: onnx.GraphProto, arrays: dict[str, np.ndarray], folde
 def _sort(graph: onnx.GraphProto) -> None:
     """Nodes in topological order, in the file's order where that is one; errors: ModelError for a cycle."""
     made = {output for node in graph.node for output in node.output if output}
-    reads = [[name for name in _reads(node) if name in made] for node in graph.node]
+    reads = [[name for name in names_read(node) if name in made] for node in graph.node]
     done: set[str] = set()
     in_order = True
     for node, names in zip(graph.node, reads, strict=True):
@@ -357,13 +402,13 @@ def _sort(graph: onnx.GraphProto) -> None:
     graph.node.extend(nodes)
 
 
-def _reads(node: onnx.NodeProto) -> Iterator[str]:
+def names_read(node: onnx.NodeProto) -> Iterator[str]:
     """Names a node reads, its subgraphs included."""
     yield from node.input
     for attribute in node.attribute:
         if attribute.type == onnx.AttributeProto.GRAPH:
             for inner in attribute.g.node:
-                yield from _reads(inner)
+                yield from names_read(inner)
             yield from (tensor.name for tensor in attribute.g.output)
 
 
@@ -411,7 +456,7 @@ def _line(error: Exception) -> str:
     return re.sub(r"^\S*\.(cc|h):\d+: *", "", lines[0])
 
 
-def _import(model: onnx.ModelProto, arrays: dict[str, np.ndarray]) -> gs.Graph:
+def import_graph(model: onnx.ModelProto, arrays: dict[str, np.ndarray]) -> gs.Graph:
     """The skeleton as a graph, its constants those of `arrays`."""
     with quiet():
         graph = gs.import_onnx(model)
@@ -420,6 +465,9 @@ def _import(model: onnx.ModelProto, arrays: dict[str, np.ndarray]) -> gs.Graph:
     graph.ir_version = 10
     used = {node.domain for node in graph.nodes}
     graph.import_domains = [entry for entry in model.opset_import if entry.domain == "" or entry.domain in used]
+    for node in graph.nodes:
+        if node.domain not in REWRITTEN:
+            node.op = key_of(node.op, node.domain)
     everything = [tensor for node in graph.nodes for tensor in node.inputs] + graph.outputs
     for subgraph in graph.subgraphs(recursive=True):
         everything += [tensor for node in subgraph.nodes for tensor in node.inputs if not tensor.inputs]
@@ -439,14 +487,27 @@ def _import(model: onnx.ModelProto, arrays: dict[str, np.ndarray]) -> gs.Graph:
 def _old_resizes(graph: gs.Graph) -> None:
     """Until opset 10 an output pixel i was read at i / scale, which the version converter forgets to say.
 
-    `nearest` was not defined closer; the runtime rounds down, but up where an image shrinks.
+    `nearest` was not defined closer; the runtime rounds down, but up along an axis that shrinks.
     """
+    nodes: list[gs.Node] = []
     for node in graph.nodes:
-        if node.op == "Resize":
-            node.attrs["coordinate_transformation_mode"] = "asymmetric"
-            if node.attrs.get("mode", "nearest") == "nearest":
-                scales = value(node, 2)
-                node.attrs["nearest_mode"] = "ceil" if scales is not None and (scales <= 1).all() else "floor"
+        nodes.append(node)
+        if node.op != "Resize":
+            continue
+        node.attrs["coordinate_transformation_mode"] = "asymmetric"
+        if node.attrs.get("mode", "nearest") != "nearest":
+            continue
+        scales = value(node, 2)
+        node.attrs["nearest_mode"] = "ceil" if scales is not None and (scales <= 1).all() else "floor"
+        if scales is not None and (scales < 1).any() and (scales > 1).any():  # one node grows, the next one shrinks
+            name, output = f"{node.name}/shrink", node.outputs[0]
+            grown = gs.Variable(f"{output.name}/grown", dtype=output.dtype)
+            set_output(node, grown)
+            set_constant(node, 2, np.maximum(scales, 1), f"{name}/grown")
+            factors = gs.Constant(f"{name}/scales", np.minimum(scales, 1))
+            attrs = {**node.attrs, "nearest_mode": "ceil"}
+            nodes.append(gs.Node("Resize", name, attrs, [grown, gs.Variable.empty(), factors], [output]))
+    graph.nodes = nodes
 
 
 def _name_nodes(graph: gs.Graph, known: dict[str, str]) -> None:
@@ -455,7 +516,7 @@ def _name_nodes(graph: gs.Graph, known: dict[str, str]) -> None:
     names.taken.clear()
     for number, node in enumerate(graph.nodes):
         known_name = next((known[t.name] for t in node.outputs if known.get(t.name)), "")
-        node.name = names.fresh(node.name or known_name or f"{node.op}_{number}")
+        node.name = names.fresh(node.name or known_name or f"{node.op.rpartition('::')[2]}_{number}")
 
 
 def _scope(node: onnx.NodeProto) -> str:

@@ -14,7 +14,8 @@ def lower(graph: gs.Graph) -> gs.Graph:
 
     Linear -> Gemm(transB=1) for [N, in], else MatMul(+ Add);  Silu(x; alpha=1) = x sigmoid(alpha x);
     Gelu -> Gelu (opset >= 20), else x (1 + erf(x/sqrt 2))/2 or x (1 + tanh(sqrt(2/pi)(x + 0.044715 x^3)))/2;
-    RmsNorm -> RMSNormalization (opset >= 23), else x / sqrt(mean(x^2) + epsilon) g, in float32 at least.
+    RmsNorm -> RMSNormalization (opset >= 23), else x / sqrt(mean(x^2) + epsilon) g, in float32 at least;
+    Kernel, SumKernel -> the kernels of all support vectors, then Gemm.
     """
     graph = graph.copy()
     write = _Write(graph)
@@ -57,6 +58,9 @@ class _Write:
 
     def number(self, number: float, dtype: np.dtype) -> gs.Constant:
         return gs.Constant(self.names.fresh(f"{self.name}/number"), np.array(number, dtype))
+
+    def axes(self, *axes: int) -> gs.Constant:
+        return gs.Constant(self.names.fresh(f"{self.name}/axes"), np.array(axes, np.int64))
 
     def transposed(self, weight: gs.Constant) -> gs.Constant:
         """[out, in] -> [in, out], written once per weight."""
@@ -124,4 +128,34 @@ def _rms_norm(write: _Write, inputs: list[gs.Tensor], output: gs.Tensor, attrs: 
     write("Mul", normed, gain, output=output, name=write.name)
 
 
-WRITTEN = {"Linear": _linear, "Silu": _silu, "Gelu": _gelu, "RmsNorm": _rms_norm}
+def _kernel(write: _Write, inputs: list[gs.Tensor], output: gs.Tensor, attrs: dict) -> None:
+    """K(x, v_s) for all support vectors, then their weighted sum."""
+    x, vectors, alpha, *bias = inputs
+    kind, gamma = attrs["kind"], float(attrs.get("gamma", 0))
+    if kind in ("polynomial", "sigmoid"):
+        scaled = gs.Constant(f"{vectors.name}.gamma", (vectors.values.astype(np.float64) * gamma).astype(np.float32))
+        shift = gs.Constant(f"{vectors.name}.coef0", np.full(len(vectors.values), attrs.get("coef0", 0), np.float32))
+        product = write("Gemm", x, scaled, shift, transB=1)
+        if kind == "sigmoid":
+            values = write("Tanh", product)
+        else:
+            values = write("Pow", product, write.number(float(attrs["degree"]), np.dtype(np.float32)))
+    else:
+        apart = write("Unsqueeze", x, write.axes(1))
+        if kind == "intersection":
+            values = write("ReduceSum", write("Min", apart, vectors), write.axes(2), keepdims=0)
+        else:
+            difference = write("Sub", apart, vectors)
+            distance = write("ReduceSum", write("Mul", difference, difference), write.axes(2), keepdims=0)
+            values = write("Exp", write("Mul", distance, write.number(-gamma, np.dtype(np.float32))))
+    write("Gemm", values, alpha, *bias, output=output, name=write.name, transB=1)
+
+
+WRITTEN = {
+    "Kernel": _kernel,
+    "SumKernel": _kernel,
+    "Linear": _linear,
+    "Silu": _silu,
+    "Gelu": _gelu,
+    "RmsNorm": _rms_norm,
+}

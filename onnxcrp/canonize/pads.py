@@ -7,6 +7,8 @@
   SAME_UPPER puts the odd one at the end and everything else at the start.
 - Pad with zeros before a Conv is that Conv's padding; before an AveragePool it is, too, with count_include_pad = 1.
   MaxPool pads with -infinity: only a Pad of that value (or less than any float) is its padding.
+- ceil_mode: a last window that would begin beyond the input and its padding before is left out by runtimes, but not by
+  onnx's shape inference; where that happens, pads that end with the last window say the same without ceil_mode.
 - Attributes with a default are written down.
 """
 
@@ -26,13 +28,19 @@ def explicit_pads(graph: gs.Graph) -> PassReport:
     """auto_pad and Pad nodes -> the attribute `pads`, where that is exact."""
     report = PassReport("explicit pads")
     pins = pinned(graph)
+    unsure: set[str] = set()  # tensors after a window that onnx's inference counts and runtimes do not
     for node in graph.nodes:
+        if any(tensor.name in unsure for tensor in node.inputs):
+            _forget(node, pins, unsure)
         if node.domain or node.op not in CONVOLUTIONS | POOLS:
             continue
         auto = node.attrs.get("auto_pad", "NOTSET")
         reason = _explicit(node, graph.opset)
         if reason:
             report.declined.append(f"{describe(node)}: {reason}")
+        elif node.op in POOLS and _round_down(node):
+            _forget(node, pins, unsure)
+            report.done.append(f"{describe(node)}: without ceil_mode its pads are {node.attrs['pads']}")
         elif auto != "NOTSET":
             report.done.append(f"{describe(node)}: auto_pad {auto} is pads {node.attrs['pads']}")
     for node in graph.nodes:
@@ -87,6 +95,35 @@ def _explicit(node: gs.Node, opset: int) -> str | None:
             attrs["ceil_mode"] = 0  # SAME knows its number of outputs, rounding up could add one
     attrs.pop("auto_pad", None)
     return None
+
+
+def _forget(node: gs.Node, pins: set[str], unsure: set[str]) -> None:
+    """The shapes that inference found for what a node writes, and for what follows."""
+    for tensor in node.outputs:
+        unsure.add(tensor.name)
+        if tensor.name not in pins:
+            tensor.shape = None
+
+
+def _round_down(node: gs.Node) -> bool:
+    """ceil_mode -> pads that end with the last window, where one is left out and sizes are known."""
+    attrs, kernel = node.attrs, node.attrs["kernel_shape"]
+    axes = len(kernel)
+    before, after, sizes = attrs["pads"][:axes], attrs["pads"][axes:], _spatial(node, axes)
+    if not attrs["ceil_mode"] or None in sizes:
+        return False
+    ends, fewer = [], False
+    strides, dilations = attrs["strides"], attrs.get("dilations", [1] * axes)
+    for k, s, d, n, b, a in zip(kernel, strides, dilations, sizes, before, after, strict=True):
+        windows = -(-(n + b + a - (k - 1) * d - 1) // s) + 1
+        if (windows - 1) * s >= n + b:
+            windows, fewer = windows - 1, True
+        ends.append(max((windows - 1) * s + (k - 1) * d + 1 - b - n, 0))
+    counted = attrs.get("count_include_pad", 0) and any(end > a for end, a in zip(ends, after, strict=True))
+    if not fewer or counted or any(end >= k for end, k in zip(ends, kernel, strict=True)):
+        return False
+    attrs["pads"], attrs["ceil_mode"] = [*before, *ends], 0
+    return True
 
 
 def _explicit_transpose(node: gs.Node, kernel: list[int]) -> str | None:

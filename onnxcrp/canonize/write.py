@@ -38,7 +38,7 @@ def export(
     info = OnnxExporter.export_value_info_proto
     with quiet():
         light = onnx.helper.make_graph(
-            [OnnxExporter.export_node(node) for node in graph.nodes],
+            [_node(node) for node in graph.nodes],
             graph.name or "graph",
             [info(tensor, False) for tensor in inputs],
             [info(tensor, False) for tensor in graph.outputs],
@@ -50,10 +50,23 @@ def export(
             output.type.tensor_type.ClearField("shape")
     imports = graph.import_domains or [onnx.helper.make_opsetid("", graph.opset)]
     model = onnx.helper.make_model(light, opset_imports=imports, ir_version=ir_version, producer_name="onnxcrp")
+    model.functions.extend(OnnxExporter.export_function(function) for function in graph.functions)
+    imported = {entry.domain for entry in model.opset_import}
+    for entry in (entry for function in model.functions for entry in function.opset_import):
+        if entry.domain not in imported:
+            imported.add(entry.domain)
+            model.opset_import.append(entry)
     for tensor in constants:  # in place: copying a protobuf serializes it, which 2 GB end
         if tensor.name not in absent:
             _fill(model.graph.initializer.add(), tensor)
     return model
+
+
+def _node(node: gs.Node) -> onnx.NodeProto:
+    """A node by the name its operator has in its domain, `my.domain::MyOp` being ours."""
+    proto = OnnxExporter.export_node(node)
+    proto.op_type = node.op.rpartition("::")[2]
+    return proto
 
 
 def _fill(proto: onnx.TensorProto, constant: gs.Constant) -> None:

@@ -52,9 +52,12 @@ from onnxcrp.cli.output import destination, steps, write_json, wrote
 @click.option("--masks", type=click.Choice(["optional", "required"]), default="optional", show_default=True,
               help="Whether mask inputs have defaults (OpenVINO drops those: use required).")  # fmt: skip
 @click.option("--no-flip", is_flag=True, help="Write every transposed convolution as ConvTranspose.")
+@click.option("--store-weights", is_flag=True, help="Positive parts and flipped kernels of weights in the file, for "
+              "runtimes that fold no constants. Default: nodes that compute them at loading.")  # fmt: skip
 @click.option("--opset", type=int, help="At least this opset.  [default: the larger of the source's and 18]")
 @click.option("--ir-version", type=int, default=10, show_default=True, help="Of the file; older runtimes need less.")
 @options.preprocess
+@options.plugin
 @options.as_json
 @options.quiet
 @click.pass_context

@@ -72,6 +72,7 @@ if TYPE_CHECKING:
 @options.composite
 @options.output
 @options.preprocess
+@options.plugin
 @click.option("--labels", type=click.Path(), help="Class names: a line each, or .json or .csv.")
 @click.option("-o", "--out", "outs", multiple=True, type=click.Path(),
               help="A picture (.png ...), arrays (.npz), or a folder for both of each sample. Repeatable.")  # fmt: skip

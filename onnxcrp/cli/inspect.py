@@ -29,6 +29,7 @@ WIDE = 160  # characters of a reason
 @options.composite
 @options.output
 @options.preprocess
+@options.plugin
 @click.option("--all", "every", is_flag=True, help="List all that was rewritten, and activations and rearrangements.")
 @options.as_json
 def command(
@@ -123,6 +124,8 @@ def _write(found: dict[str, Any], every: bool) -> None:
     else:
         broken = _some(found["batch_breaks"], len(found["batch_breaks"]) if every else MANY)
         click.echo(f"  the sample is repeated for every condition: axis 0 is not the batch at {broken}")
+    if found["quantized"]:
+        click.echo("  it runs without onnxruntime's graph optimisation, whose fusions move quantized values")
 
 
 def _some(names: Sequence[str], most: int = MANY) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
+import importlib
 import math
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import click
@@ -34,6 +36,48 @@ class Command(click.Command):
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The examples."""
         write_examples(formatter, self.examples)
+
+
+class Group(click.Group):
+    """Commands by name, each in the module of that name in `package` and imported when it is called.
+
+    `table`: name -> what the help of the group says of it.
+    """
+
+    def __init__(
+        self, *arguments: Any, package: str, table: Mapping[str, str], examples: Sequence[str] = (), **keywords: Any
+    ) -> None:
+        super().__init__(*arguments, **keywords)
+        self.package, self.table, self.examples = package, table, examples
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """In the order in which they are needed."""
+        return list(self.table)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command of that name, imported now."""
+        if cmd_name not in self.table:
+            return None
+        return importlib.import_module(f"{self.package}.{cmd_name}").command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """As click does, with the nearest name for a typo."""
+        if args and args[0] not in self.table and not args[0].startswith("-"):
+            near = difflib.get_close_matches(args[0], self.table, n=1)
+            hint = f" Did you mean {near[0]}?" if near else f" There are {', '.join(self.table)}."
+            raise click.UsageError(f"No such command {args[0]!r}.{hint}", ctx)
+        return super().resolve_command(ctx, args)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The examples."""
+        write_examples(formatter, self.examples)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The table, without importing what it names."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(self.table.items()))
 
 
 class Percentile(click.FloatRange):
@@ -105,6 +149,27 @@ def preprocess(command: F) -> F:
     )(command)
 
 
+def plugin(command: F) -> F:
+    """--plugin: operators and rules of one's own."""
+    return click.option(
+        "--plugin",
+        multiple=True,
+        metavar="FILE.py",
+        expose_value=False,
+        callback=_run_plugins,
+        help="A Python file that registers operators or rules (docs/extending.md). Repeatable.",
+    )(command)
+
+
+def _run_plugins(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> None:
+    """Runs the files; their errors are ours."""
+    if value and not ctx.resilient_parsing:
+        from onnxcrp.plugins import load_plugin
+
+        for path in value:
+            load_plugin(path)
+
+
 def runtime(command: F) -> F:
     """--provider, --threads and --memory-limit: how onnxruntime runs."""
     command = click.option(
@@ -147,6 +212,91 @@ def _known_providers(ctx: click.Context, param: click.Parameter, value: tuple[st
     return value
 
 
+def index(command: F) -> F:
+    """INDEX, the folder of an index."""
+    return click.argument("index", type=click.Path(file_okay=False))(command)
+
+
+def layer(command: F) -> F:
+    """--layer: one of an index."""
+    return click.option("--layer", required=True, metavar="LAYER", help="A layer of the index.")(command)
+
+
+def channels(command: F) -> F:
+    """--channel: several of them."""
+    return click.option(
+        "-C",
+        "--channel",
+        "channels",
+        required=True,
+        multiple=True,
+        metavar="C[,C...]",
+        callback=_numbers,
+        help="Channels of the layer, a group of reference samples each. Repeatable.",
+    )(command)
+
+
+def _numbers(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> list[int]:
+    """`3,7` and `--channel 9` -> [3, 7, 9]."""
+    try:
+        return [int(part) for each in value for part in each.split(",")]
+    except ValueError:
+        raise click.BadParameter(f"{', '.join(value)}: channels are numbers, 3 or 3,7", ctx, param) from None
+
+
+def criterion(command: F) -> F:
+    """--criterion and --aggregate: which list of reference samples."""
+    command = click.option(
+        "--aggregate",
+        type=click.Choice(["sum", "max"]),
+        default="sum",
+        show_default=True,
+        help="Over the positions of the concept.",
+    )(command)
+    return click.option(
+        "--criterion",
+        type=click.Choice(["relmax", "actmax"]),
+        default="relmax",
+        show_default=True,
+        help="Samples where the model uses the concept most, or that excite it most.",
+    )(command)
+
+
+def start(command: F) -> F:
+    """--start: how the heatmaps of reference samples begin."""
+    return click.option(
+        "--start",
+        type=click.Choice(["activation", "relevance"]),
+        help="Heatmaps of reference samples begin at the concept's activation, or at its relevance for their class."
+        "  [default: relevance for RelMax of layers that more than a ReLU reads, else activation]",
+    )(command)
+
+
+def styles(command: F) -> F:
+    """--style: how reference samples are drawn."""
+    return click.option(
+        "--style",
+        "styles",
+        multiple=True,
+        type=click.Choice(["full", "crop", "heatmap", "masked"]),
+        help="Reference samples whole; cropped to what the strongest neuron sees; the concept's heatmap; dark where"
+        " that is weak. Repeatable.",
+    )(command)
+
+
+def of_class(command: F) -> F:
+    """--class: one class only."""
+    return click.option("--class", "cls", metavar="CLASS", help="Of this class, a number or a name.")(command)
+
+
+def moved(command: F) -> F:
+    """--model and --data: where they are now."""
+    command = click.option(
+        "--data", multiple=True, metavar="[NAME=]PATH", help="Where the index' data lies now. Repeatable."
+    )(command)
+    return click.option("--model", type=click.Path(), help="Where the model lies now.")(command)
+
+
 def as_json(command: F) -> F:
     """--json."""
     return click.option("--json", "as_json", is_flag=True, help="Write JSON to stdout, for programs.")(command)
@@ -167,9 +317,9 @@ def _silence(ctx: click.Context, param: click.Parameter, value: bool) -> bool:
 
 
 def given(ctx: click.Context, *names: str) -> list[str]:
-    """Which of these options were written on the command line, as `--name`."""
-    written = [name for name in names if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE]
-    return [f"--{name.replace('_', '-')}" for name in written]
+    """Which of these parameters were written on the command line, as the options that they are."""
+    written = [p for p in ctx.command.params if ctx.get_parameter_source(p.name or "") is ParameterSource.COMMANDLINE]
+    return [max(p.opts, key=len) for name in names for p in written if p.name == name]
 
 
 def refuse_idle(ctx: click.Context, *names: str, without: str) -> None:

@@ -35,6 +35,7 @@ SILENT = ("pass", "rearrangement")  # rules of layers that lose nothing
 @click.option("-o", "--out", type=click.Path(dir_okay=False), help="Write the relevance with spread biases, an .npz.")
 @options.output
 @options.preprocess
+@options.plugin
 @options.provider
 @click.option("--all", "every", is_flag=True, help="List layers that only pass relevance on as well.")
 @options.as_json
@@ -63,10 +64,9 @@ def command(
     the same, every layer passes on the relevance it receives less itemised losses, conditional relevances of a
     layer's parts add up to the whole. Exit 1 if something does not hold.
     """
-    from onnxcrp.analysis.explanation import ClassNames, keep_inputs, preprocessing_of, read_samples
+    from onnxcrp.analysis.explanation import ClassNames, keep_inputs, one_sample, preprocessing_of
     from onnxcrp.analysis.verify import verify
     from onnxcrp.canonize import canonize
-    from onnxcrp.errors import InputError
 
     if out and not spread_bias:
         raise click.UsageError("--out writes what --spread-bias finds: give both.")
@@ -78,16 +78,9 @@ def command(
         canonical = canonize(model)
         preprocessing = preprocessing_of(canonical, preprocess, model)
         asked = ClassNames(preprocessing.labels, preprocessing.label_offset).target(target)
-        x = None
-        if sample is not None:
-            samples = read_samples([sample], preprocessing, canonical)
-            first = next(samples)
-            if next(samples, None) is not None:
-                raise InputError(f"{sample}: holds several samples", hint=f'name one: "{sample}[0]"')
-            x = first.feeds
         report = verify(
             model,
-            x,
+            one_sample(sample, preprocessing, canonical),
             composite=composite,
             target=asked,
             output=output,

@@ -18,18 +18,18 @@ import sys
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from onnxcrp.errors import InputError, OnnxcrpError, QuestionError
 from onnxcrp.index import store
 from onnxcrp.index.dataset import NO_LABEL, Data, Port, open_data
-from onnxcrp.index.reduce import AGGREGATES, CRITERIA, LayerRow, Reducer, choose_layers, describe_layers
+from onnxcrp.index.reduce import AGGREGATES, CRITERIA, LayerRow, Reducer, Scores, choose_layers, describe_layers
 from onnxcrp.index.state import RELMAX_SUM, Layout, Rows, State, from_ranges
 
 BLOCK = 256  # samples
@@ -37,9 +37,11 @@ FULL_CLASSES = 10  # per concept, with lists per class in full
 PILOT_PER_CLASS = 4  # samples of a pilot per class, where data has more classes than FULL_CLASSES
 PILOT_SHARE = 20  # or this part of all samples, if that is more
 AHEAD = 3  # batches decoded ahead of the model
+AT_ONCE = 1 << 20  # scores of one kind that are sorted in at once
 PARTS = "parts"
 SELECTION = "served.json"
 
+T = TypeVar("T")
 Progress = Callable[[int, int, int], None]  # (samples done, samples in all, samples skipped)
 Block = tuple[str, int]  # (dataset, number)
 
@@ -237,12 +239,11 @@ class Work:
                     rest = at + self.recipe.batch_size
                     yield block, samples[at:rest], rest >= len(samples)
 
-        for (block, samples, last), batch in self._decoded(batches()):
-            self._into(state, batch)
+        for (block, samples, last), failed in self._into(state, batches()):
             if last:
                 state.done.setdefault(block[0], set()).add(block[1])
             if done is not None:
-                done(block if last else None, len(samples), len(batch.failed))
+                done(block if last else None, len(samples), failed)
 
     def few_classes(self) -> bool:
         """Whether full lists for all classes take no more room than those that a pilot would choose."""
@@ -260,8 +261,8 @@ class Work:
         state = State(self.layout, {name: {} for name in self.layout.layers})
         chosen = self._pilot_samples()
         steps = [chosen[at : at + self.recipe.batch_size] for at in range(0, len(chosen), self.recipe.batch_size)]
-        for _, batch in self._decoded((None, step, False) for step in steps):
-            self._into(state, batch)
+        for _ in self._into(state, ((None, step, step is steps[-1]) for step in steps)):
+            pass
         return state.serves_most(self.recipe.full_classes)
 
     def _pilot_samples(self) -> Sequence[int]:
@@ -281,24 +282,43 @@ class Work:
             found += members[np.unique(np.linspace(0, len(members) - 1, each).astype(int))].tolist()
         return sorted(found)
 
-    def _into(self, state: State, batch: Batch) -> None:
-        state.skipped |= batch.failed
-        if batch.x is None:
-            return
-        state.samples += len(batch.sample)
+    def _into(
+        self, state: State, batches: Iterable[tuple[Any, Sequence[int], bool]]
+    ) -> Iterator[tuple[tuple[Any, Sequence[int], bool], int]]:
+        """Batches into the state, each told when it is through, with how many of its samples were skipped.
+
+        The model is at the next batch while the rows of the last ones are sorted in: many at once, but all of them
+        before an entry is told that says it is the last one of its block.
+        """
         waiting: list[Mapping[str, Mapping[str, Rows]]] = []
-        for scores in self.reducer(batch.sample, batch.x, batch.label):
-            for sample, why in scores.bad.items():
-                if sample not in state.skipped:
-                    state.skipped[sample] = why
-                    state.samples -= 1
-            state.negative += scores.negative
-            waiting.append(scores.rows)
-            if len(waiting) >= BLOCK:
+        enough = max(1, AT_ONCE // sum(self.layout.layers.values()))
+        rows = 0
+        for entry, batch, scores in ahead(self._scored(batches)):
+            if scores is not None:
+                for sample, why in scores.bad.items():
+                    if sample not in state.skipped:
+                        state.skipped[sample] = why
+                        state.samples -= 1
+                state.negative += scores.negative
+                waiting.append(scores.rows)
+                rows += scores.count
+            if waiting and (rows >= enough or (scores is None and entry[2])):
                 state.add(_joined(waiting))
-                waiting = []
-        if waiting:
-            state.add(_joined(waiting))
+                waiting, rows = [], 0
+            if scores is None:
+                state.skipped |= batch.failed
+                state.samples += len(batch.sample)
+                yield entry, len(batch.failed)
+
+    def _scored(
+        self, batches: Iterable[tuple[Any, Sequence[int], bool]]
+    ) -> Generator[tuple[tuple[Any, Sequence[int], bool], Batch, Scores | None], None, None]:
+        """What the runs of every batch found, and None when it is through."""
+        for entry, batch in self._decoded(batches):
+            if batch.x is not None:
+                for scores in self.reducer(batch.sample, batch.x, batch.label):
+                    yield entry, batch, scores
+            yield entry, batch, None
 
     def _decoded(self, batches: Iterable[tuple[Any, Sequence[int], bool]]) -> Iterator[tuple[Any, Batch]]:
         """Batches in order, decoded by threads ahead of their use."""
@@ -357,6 +377,20 @@ class Work:
             np.array([label for _, _, label in good], np.int64),
             failed,
         )
+
+
+def ahead(items: Generator[T, None, None]) -> Iterator[T]:
+    """Items in their order, each made by a thread while the one before it is in use."""
+    end = object()
+    with ThreadPoolExecutor(1, "ahead") as pool:
+        try:
+            coming: Future[Any] = pool.submit(next, items, end)
+            while (item := coming.result()) is not end:
+                coming = pool.submit(next, items, end)
+                yield item
+        finally:
+            pool.shutdown()
+            items.close()
 
 
 def _joined(parts: Sequence[Mapping[str, Mapping[str, Rows]]]) -> dict[str, dict[str, Rows]]:

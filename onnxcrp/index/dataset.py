@@ -230,7 +230,15 @@ class Files:
         else:
             for path, about in self.fs.find(self.path, detail=True).items():
                 found[path[len(self.path) :].strip("/")] = int(about.get("size") or 0)
-        return {name: found[name] for name in sorted(found) if not PurePosixPath(name).name.startswith(".")}
+        return {name: found[name] for name in sorted(found) if not any(p.startswith(".") for p in name.split("/"))}
+
+    def subfolders(self) -> list[str]:
+        """Names of the folders in the root, sorted; hidden ones left out."""
+        if self.fs is None:
+            found = [entry.name for entry in os.scandir(self.root) if entry.is_dir()]
+        else:
+            found = [e["name"].rstrip("/") for e in self.fs.ls(self.path, detail=True) if e["type"] == "directory"]
+        return sorted(name for name in (PurePosixPath(each).name for each in found) if not name.startswith("."))
 
     def read(self, name: str, start: int | None = None, stop: int | None = None) -> bytes:
         """Bytes of a file, or of a part of it."""
@@ -323,9 +331,14 @@ def _open_folder(name: str, source: str, labels_from: str | None, port: Port) ->
             f"{source}: the folder holds no pictures, arrays or tars",
             hint=None if len(port.shape) == 4 else "1-D signals come as .npy, .npz or .csv files",
         )
-    folders = sorted({n.split("/")[0] for n in names if "/" in n})
     labels = None
-    if folders and all("/" in n for n in names):
+    if all("/" in n for n in names):
+        folders, filled = files.subfolders(), {n.split("/")[0] for n in names}
+        if empty := [folder for folder in folders if folder not in filled]:
+            raise InputError(
+                f"{source}: {empty[0]} holds no samples, and subfolders are numbered as classes in sorted order",
+                hint=f"move it away, or say the classes in a {LABELS_FILE}",
+            )
         number = {folder: at for at, folder in enumerate(folders)}
         labels = [number[n.split("/")[0]] for n in names]
     return Folder(name, source, files, names, [sizes[n] for n in names], labels)
@@ -338,14 +351,17 @@ def _read_table(where: str, content: bytes) -> dict[str, int]:
         raise InputError(
             f"{where}: has columns {', '.join(rows.fieldnames or ()) or 'none'}", hint="expected file, class_index"
         )
-    found = {}
+    found: dict[str, int] = {}
     for line, row in enumerate(rows, 2):
+        file = str(row["file"]).strip().replace(os.sep, "/")
         try:
-            found[str(row["file"]).strip().replace(os.sep, "/")] = int(row["class_index"])
+            label = int(row["class_index"])
         except (TypeError, ValueError):
             raise InputError(
                 f"{where}: line {line}: class_index is {row['class_index']!r}, expected a number"
             ) from None
+        if found.setdefault(file, label) != label:
+            raise InputError(f"{where}: line {line}: {file} is of class {found[file]} as well as {label}")
     if not found:
         raise InputError(f"{where}: lists no files")
     return found

@@ -78,8 +78,7 @@ def run_on_ray(
     before = set(part_folders(parts))
     resources = ray.cluster_resources()
     gpus = int(resources.get("GPU", 0)) if work.recipe.providers is None else 0
-    count = actors or gpus or max(1, int(resources.get("CPU", 1)))
-    options: dict[str, Any] = {"num_gpus": 1} if gpus else {"num_cpus": 1}
+    count, options = _actors(actors, gpus, int(resources.get("CPU", 1)))
     recipe = dataclasses.replace(
         work.recipe,
         model=_absolute(work.recipe.model),
@@ -139,6 +138,16 @@ def run_on_ray(
     if left:  # a worker died between writing a part and dropping the one before
         work.run(state, left)
     return state
+
+
+def _actors(asked: int | None, gpus: int, cpus: int) -> tuple[int, dict[str, Any]]:
+    """How many actors, and what each reserves: a device or core of its own, or its share of fewer."""
+    kind, there = ("num_gpus", gpus) if gpus else ("num_cpus", max(cpus, 1))
+    count = asked or there
+    share = min(
+        1.0, there * 10_000 // count / 10_000
+    )  # Ray counts in ten-thousandths; what asks for more waits for ever
+    return count, {kind: share}
 
 
 def _absolute(data: Any) -> Any:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from onnxcrp.data import Sample
     from onnxcrp.explainer import Explainer
+    from onnxcrp.index.reference import ReferenceSamples, Views
 
 RANKINGS = ("top", "mean")
 
@@ -61,6 +62,7 @@ class Index:
         self.aggregates: tuple[str, ...] = tuple(manifest["question"]["aggregate"])
         self.k: int = manifest["question"]["k"]
         self.classes: int = manifest["model"]["classes"]
+        self._views: Views | None = None
 
     @staticmethod
     def open(path: str | os.PathLike[str]) -> Index:
@@ -99,6 +101,30 @@ class Index:
         names = self.manifest["class_names"]
         line = cls + self.manifest["label_offset"]
         return names[line] if 0 <= line < len(names) else str(cls)
+
+    def class_number(self, text: str) -> int:
+        """A class by its number or its name, whatever the case; raises QuestionError naming the nearest."""
+        if text.strip().isdigit() and int(text) < self.classes:
+            return int(text)
+        names = [self.class_name(cls) for cls in range(self.classes)]
+        wanted = text.strip().lower()
+        found = [c for c, name in enumerate(names) if wanted in (name.lower(), name.split(",")[0].strip().lower())]
+        if len(found) != 1:
+            near = difflib.get_close_matches(wanted, [name.lower() for name in names], n=1)
+            several = f"class {text!r} is several" if found else f"there is no class {text!r}"
+            hint = f"a number: {', '.join(map(str, found))}" if found else f"classes 0 to {self.classes - 1}"
+            raise QuestionError(several, hint=f"did you mean {near[0]!r}?" if near and not found else hint)
+        return found[0]
+
+    def describe(self) -> str:
+        """The index in one line."""
+        about = self.manifest
+        concepts = sum(row.channels for row in self.layers.values())
+        words = f"{len(self.layers)} layers, {concepts} concepts, {about['samples']} samples"
+        words += f", target {about['question']['target']}"
+        words += f", {about['skipped']} skipped" if about["skipped"] else ""
+        words += f", {about['negative']} with a negative logit" if about["negative"] else ""
+        return words if about["complete"] else f"{words}; a part of the data"
 
     def layer(self, name: str) -> LayerRow:
         """A layer of the index; raises QuestionError naming the nearest."""
@@ -240,6 +266,37 @@ class Index:
         for name in References._fields:
             getattr(found, name)[place] = frame[name].to_numpy()
         return found
+
+    def reference_samples(
+        self,
+        layer: str,
+        channel: int,
+        criterion: str = "relmax",
+        aggregate: str = "sum",
+        *,
+        cls: int | None = None,
+        k: int | None = 8,
+        start: str | None = None,
+        parts: Sequence[str] = ("field", "heatmap"),
+        explainer: Explainer | None = None,
+    ) -> ReferenceSamples:
+        """The best `k` of `top`, read again, each with its receptive field, conditional heatmap and mask.
+
+        `start`: heatmaps begin at the concept's "activation", or at its "relevance" for the row's target; by default at
+        its relevance for RelMax where more than a ReLU reads the layer, so that negative activation counts. `parts`:
+        "field" and "heatmap", each a run of the model. `explainer`: as `explainer()` gives it, which is also the
+        default. Raises InputError where a sample cannot be read any more, QuestionError, and OnnxcrpError for another
+        model.
+        """
+        return self.views(explainer).of(layer, channel, criterion, aggregate, cls=cls, k=k, start=start, parts=parts)
+
+    def views(self, explainer: Explainer | None = None) -> Views:
+        """What looks at samples through the model; kept, so that the next call is quick."""
+        from onnxcrp.index.reference import Views
+
+        if self._views is None or (explainer is not None and self._views.explainer is not explainer):
+            self._views = Views(self, explainer or self.explainer())
+        return self._views
 
     # --- classes and concepts -----------------------------------------------------------------------------------------
 

@@ -43,6 +43,7 @@ class Scores:
     rows: dict[str, dict[str, Rows]]
     bad: dict[int, str]  # sample -> why none of its rows are here
     negative: int
+    count: int  # rows of relevance, of activation where there is none
     explained: np.ndarray  # float32 [B, classes]
 
 
@@ -216,7 +217,7 @@ class Reducer:
                 rows[criterion][layer] = Rows(score, position, sample, target)
         if bad:
             rows = {c: {n: _without(each, bad) for n, each in of_layer.items()} for c, of_layer in rows.items()}
-        return Scores(rows, bad, int((logits < 0).sum()), explained)
+        return Scores(rows, bad, int((logits < 0).sum()), len(targets), explained)
 
     def _normalized(self, score: np.ndarray, rows: int) -> np.ndarray:
         """[B, C] -> float32 [rows, C], divided by the sum of magnitudes over C; all zero stays zero."""

@@ -5,6 +5,7 @@ from onnxcrp.ops import (
     arithmetic,
     attention,
     indexing,
+    kernels,
     linear,
     normalization,
     pooling,
@@ -12,6 +13,7 @@ from onnxcrp.ops import (
     sampling,
 )
 from onnxcrp.ops.registry import (
+    BUILT_IN,
     CARRIES_NONE,
     FAMILIES,
     KEEPS,
@@ -25,6 +27,8 @@ from onnxcrp.ops.registry import (
     supported,
     transpose,
 )
+
+BUILT_IN.update(OPS, CARRIES_NONE)
 
 __all__ = [
     "CARRIES_NONE",
@@ -41,6 +45,7 @@ __all__ = [
     "attention",
     "carries_none",
     "indexing",
+    "kernels",
     "linear",
     "normalization",
     "pooling",

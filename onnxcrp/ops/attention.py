@@ -15,11 +15,15 @@ def _turned(op: Graph, x: Value, rank: int) -> Value:
     return op.Transpose(x, perm=[*range(rank - 2), rank - 1, rank - 2])
 
 
-@transpose("MatMul", family="matmul", sign=KEEPS)
+def _product_family(node: gs.Node, data: int) -> str:
+    return "matmul" if data > 1 else "average"
+
+
+@transpose("MatMul", family=_product_family, sign=KEEPS)
 def matmul(op: Graph, node: Node, s: Value) -> Value | Parts:
     """s [..., m, n] -> s B^T [..., m, k], A^T s [..., k, n]."""
     ranks = node.rank(0), node.rank(1)
-    if min(ranks) < 2 or (len(node.data) > 1 and ranks[0] != ranks[1]) or (1 in node.data and ranks[1] == 2):
+    if min(ranks) < 2 or (len(node.data) > 1 and ranks[0] != ranks[1]) or any(ranks[i] < max(ranks) for i in node.data):
         raise UnsupportedError(f"{node!r}: a matrix product of ranks {ranks[0]} and {ranks[1]}")
     both = {0: lambda: s @ _turned(op, node.input(1), ranks[1]), 1: lambda: _turned(op, node.input(0), ranks[0]) @ s}
     parts = Parts(both[i]() for i in node.data)
@@ -38,17 +42,19 @@ def softmax(op: Graph, node: Node, s: Value) -> Value:
     return y * (s - op.ReduceSum(s * y, [softmax_axis(node)], keepdims=1))
 
 
+@transpose("Hardmax", family="softmax", sign=NONNEGATIVE)
+def hardmax(op: Graph, node: Node, s: Value) -> Value:
+    """0: constant wherever it has a derivative."""
+    return op.zero
+
+
 @transpose("LogSoftmax", family="softmax")
 def log_softmax(op: Graph, node: Node, s: Value) -> Value:
     """s - exp(y) sum(s)."""
     return s - op.Exp(node.output()) * op.ReduceSum(s, [softmax_axis(node)], keepdims=1)
 
 
-def _einsum_family(node: gs.Node, data: int) -> str:
-    return "matmul" if data > 1 else "average"
-
-
-@transpose("Einsum", family=_einsum_family, sign=KEEPS)
+@transpose("Einsum", family=_product_family, sign=KEEPS)
 def einsum(op: Graph, node: Node, s: Value) -> Value | Parts:
     """Z = A B summed over letters: to A the einsum of s and B with its own letters as the result, to B that of s, A."""
     inputs, _, result = str(node.attrs["equation"]).replace(" ", "").partition("->")

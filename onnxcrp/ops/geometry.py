@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -38,11 +38,12 @@ def scatter(op: Graph, node: Node, s: Value, W: Value, kernel: Sequence[int], *,
     """ConvTranspose of s [N, M, h...] to the size of the node's input: [N, C, H...], exact for every size.
 
     A window op reads H + pads = (h - 1) stride + dilation (k - 1) + 1 + r positions, 0 <= r. Where sizes are static,
-    pads after or output_padding make up for r; else all is written (output_padding = stride - 1) and sliced to H.
+    pads after or output_padding make up for r; else all is written (output_padding = stride - 1) and sliced to H, with
+    zeros where nothing reaches.
     """
     strides, dilations, before, _ = window(node, kernel)
     small, large = node.dims(output=True)[2:], node.dims(index)[2:]
-    after, extra, exact = [], [], True
+    after, extra, exact = [], [], not pads_itself(node)
     for axis, k in enumerate(kernel):
         h, size = small[axis], large[axis]
         if size is not None and node.attrs.get("ceil_mode", 0):
@@ -75,17 +76,53 @@ def scatter(op: Graph, node: Node, s: Value, W: Value, kernel: Sequence[int], *,
         pads=[*before, *[0] * n],
         output_padding=[stride - 1 for stride in strides] if any(stride > 1 for stride in strides) else None,
     )
-    return fit(op, node, whole, index)
+    sizes, zeros = node.size(index, 2), op.constant(np.zeros(n, np.int64))
+    start = _same_before(op, node, sizes, kernel) if pads_itself(node) else zeros
+    end = op.Add(start, sizes)
+    missing = op.Max(op.Sub(end, op.shape(whole, 2)), zeros)
+    padded = op.Pad(whole, op.Concat(op.constant(np.zeros(n + 4, np.int64)), missing, axis=0))
+    return op.Slice(padded, start, end, list(range(2, n + 2)))
 
 
-def fit(op: Graph, node: Node, s: Value, index: int) -> Value:
-    """s [N, C, H'...] padded with zeros and cut to the spatial size H... of the node's input `index`."""
-    n = node.rank(index) - 2
-    axes = list(range(2, n + 2))
-    size = node.size(index, 2)
-    missing = op.Max(op.Sub(size, op.shape(s, 2)), op.constant(np.zeros(n, np.int64)))
-    padded = op.Pad(s, op.Concat(op.constant(np.zeros(n + 4, np.int64)), missing, axis=0))
-    return op.Slice(padded, op.constant(np.zeros(n, np.int64)), size, axes)
+def pads_itself(node: Node) -> bool:
+    """Whether the padding is `auto_pad` SAME still: it depends on a size that only the run knows."""
+    return str(node.attrs.get("auto_pad", "NOTSET")).startswith("SAME")
+
+
+def _same_before(op: Graph, node: Node, size: Value, kernel: Sequence[int]) -> Value:
+    """Padding before [n] of `auto_pad` SAME: ceil(size / stride) windows, so p = (that - 1) stride + reach - size."""
+    strides, dilations, _, _ = window(node, kernel)
+    reach = [d * (k - 1) + 1 for d, k in zip(dilations, kernel, strict=True)]
+    windows = op.Div(op.Add(size, [s - 1 for s in strides]), strides)
+    needed = op.Sub(op.Add(op.Mul(op.Sub(windows, [1] * len(kernel)), strides), reach), size)
+    total = op.Max(needed, op.constant(np.zeros(len(kernel), np.int64)))
+    half = op.Div(total, [2] * len(kernel))
+    return half if node.attrs["auto_pad"] == "SAME_UPPER" else op.Sub(total, half)
+
+
+def spaced(op: Graph, node: Node, s: Value, strides: Sequence[int]) -> Value:
+    """s [N, C, h...] -> [N, C, H...], the size of the node's input: one entry every `strides` places, zeros between.
+
+    Every entry is copied over its whole stride, and a factor of zeros and ones keeps the first copy: it merges with the
+    other factors of the message, so that the zeros cost nothing of their own.
+    """
+    n = len(strides)
+    corner = scatter(
+        op,
+        node,
+        op.Expand(1.0, op.Concat([1, 1], op.shape(s, 2), axis=0)),
+        op.constant(np.ones([1] * (n + 2), op.dtype)),
+        [1] * n,
+        group=1,
+    )
+    scales = op.constant(np.array([1, 1, *strides], np.float32))
+    how = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
+    copies = op.node("Resize", [s, None, scales], how)
+    sizes = list(zip(node.dims(output=True)[2:], node.dims(0)[2:], strides, strict=True))
+    if any(h is None or size is None or h * stride != size for h, size, stride in sizes):
+        # a stride of s reads (h - 1) s + 1 .. h s positions
+        copies = op.Slice(copies, op.constant(np.zeros(n, np.int64)), node.size(0, 2), list(range(2, n + 2)))
+    return copies * corner
 
 
 def common_batch(op: Graph, values: Sequence[Value], rank: int) -> list[Value]:
@@ -113,15 +150,16 @@ def scatter_axis(op: Graph, node: Node, s: Value, axis: int, indices: Value, ind
     return op.ScatterElements(op.Expand(0.0, target), places, s, axis=axis, reduction="add")
 
 
-def separable(op: Graph, s: Value, matrices: dict[int, np.ndarray], rank: int) -> Value:
+def separable(op: Graph, s: Value, matrices: Mapping[int, np.ndarray | Value], rank: int) -> Value:
     """Applies the transpose of M [out, in] along each axis: s [..., out, ...] -> [..., in, ...]."""
     for axis, matrix in matrices.items():
         last = rank - 1
-        M = op.constant(matrix.astype(op.dtype))
+        M = matrix if isinstance(matrix, Value) else op.constant(matrix.astype(op.dtype))
         if axis == last:
             s = s @ M
         elif axis == last - 1:
-            s = op.MatMul(op.constant(np.ascontiguousarray(matrix.T).astype(op.dtype)), s)
+            turned = op.Transpose(M, perm=[1, 0]) if M.array is None else op.constant(np.ascontiguousarray(M.array.T))
+            s = op.MatMul(turned, s)
         else:
             swap = list(range(rank))
             swap[axis], swap[last] = last, axis

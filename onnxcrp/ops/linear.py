@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from onnxcrp.errors import UnsupportedError
 from onnxcrp.graph import Graph, Value
-from onnxcrp.ops.geometry import scatter, window
+from onnxcrp.ops.geometry import pads_itself, scatter, spaced, window
 from onnxcrp.ops.registry import KEEPS, Node, Ones, transpose
 
 _CONV_ATTRS = ("strides", "dilations", "pads", "group", "kernel_shape")
@@ -38,7 +39,7 @@ def _conv_ones(op: Graph, node: Node) -> Ones:
     out_channels, per_group = node.input(1).array.shape[:2]  # type: ignore[union-attr]
     kernel = _kernel(node)
     one = op.constant(np.ones((1, 1, *kernel), op.dtype))
-    attrs = _attrs(node, "strides", "dilations", "pads", "kernel_shape")
+    attrs = _attrs(node, "strides", "dilations", "pads", "kernel_shape", "auto_pad")
     field = op.Expand(1.0, op.Concat([1, 1], node.size(0, 2), axis=0))
     count = op.node("Conv", [field, one], attrs) * float(per_group)
 
@@ -54,17 +55,22 @@ def _conv_ones(op: Graph, node: Node) -> Ones:
 
 @transpose("Conv", family="convolution", sign=KEEPS, forward=_again, ones=_conv_ones, weighted=True)
 def conv(op: Graph, node: Node, s: Value, W: Value) -> Value:
-    """s [N, M, h...], W [M, C/group, k...] -> [N, C, H...]; with stride 1 a convolution with the flipped kernel."""
+    """s [N, M, h...], W [M, C/group, k...] -> [N, C, H...]; with stride 1 a convolution with the flipped kernel.
+
+    A kernel of one place (the shortcuts of residual nets) needs its stride only to put the results where they belong.
+    """
     kernel = _kernel(node)
     group = node.attrs.get("group", 1)
     strides, dilations, before, after = window(node, kernel)
     reach = [d * (k - 1) for d, k in zip(dilations, kernel, strict=True)]
     fits = all(r >= p for r, p in zip([*reach, *reach], [*before, *after], strict=True))
-    if op.flip_convolutions and set(strides) == {1} and fits and W.is_constant:
+    if op.flip_convolutions and set(strides) == {1} and fits and W.is_constant and not pads_itself(node):
         pads = [r - p for r, p in zip([*reach, *reach], [*before, *after], strict=True)]
         return op.Conv(
             s, _flipped(op, W, group), strides=strides, dilations=dilations, pads=pads, group=group, kernel_shape=kernel
         )
+    if op.flip_convolutions and set(kernel) == {1} and not any([*before, *after]) and W.is_constant:
+        return spaced(op, node, op.Conv(s, _flipped(op, W, group), group=group, kernel_shape=kernel), strides)
     return scatter(op, node, s, W, kernel, group=group)
 
 
@@ -77,7 +83,20 @@ def _flipped(op: Graph, W: Value, group: int) -> Value:
         turned = np.flip(grouped, axis=tuple(range(3, 3 + len(kernel))))
         return np.ascontiguousarray(turned.reshape(group * per_group, out_channels // group, *kernel))
 
-    return op.derive(W, f"flipped/{group}", flip)
+    def nodes(W: Value) -> Value:
+        out_channels, per_group, *kernel = W.array.shape  # type: ignore[union-attr]
+        n = len(kernel)
+        if group > 1:
+            W = op.Reshape(W, [group, out_channels // group, per_group, *kernel])
+        rank = n + 2 + (group > 1)
+        W = op.Transpose(W, perm=[*range(rank - n - 2), rank - n - 1, rank - n - 2, *range(rank - n, rank)])
+        turned = [rank - n + axis for axis, k in enumerate(kernel) if k > 1]
+        if turned:
+            ends = op.constant(np.full(len(turned), np.iinfo(np.int64).min))
+            W = op.Slice(W, [-1] * len(turned), ends, turned, [-1] * len(turned))
+        return op.Reshape(W, [group * per_group, out_channels // group, *kernel]) if group > 1 else W
+
+    return op.derive(W, f"flipped/{group}", flip, nodes)
 
 
 # ---- ConvTranspose ---------------------------------------------------------------------------------------------------
@@ -100,6 +119,8 @@ def conv_transpose(op: Graph, node: Node, s: Value, W: Value) -> Value:
 
 def _back_through_conv_transpose(op: Graph, node: Node, s: Value, W: Value, group: int) -> Value:
     kernel = _kernel(node)
+    if pads_itself(node) or node.attrs.get("output_shape"):
+        raise UnsupportedError(f"{node!r}: auto_pad and output_shape need static sizes", hint="export a fixed size")
     strides, dilations, before, after = window(node, kernel)
     attrs = {"strides": strides, "dilations": dilations, "group": group, "kernel_shape": kernel}
     crop = [-min(p, 0) for p in [*before, *after]]
@@ -116,12 +137,15 @@ def _back_through_conv_transpose(op: Graph, node: Node, s: Value, W: Value, grou
 def _linear(op: Graph, node: Node, a: Value, W: Value, b: Value) -> Value:
     if node.rank(0) == 2:
         return op.Gemm(a, W, None if b.is_zero else b, transB=1)
-    z = a @ _turned(op, W)
+    z = a @ turned(op, W)
     return z if b.is_zero else z + b
 
 
-def _turned(op: Graph, W: Value) -> Value:
-    return op.derive(W, "turned", lambda array: np.ascontiguousarray(array.T)) if W.is_constant else op.Transpose(W)
+def turned(op: Graph, W: Value) -> Value:
+    """W [out, in] -> [in, out]."""
+    if not W.is_constant:
+        return op.Transpose(W)
+    return op.derive(W, "turned", lambda array: np.ascontiguousarray(array.T), lambda W: op.Transpose(W, perm=[1, 0]))
 
 
 def _linear_ones(op: Graph, node: Node) -> Ones:

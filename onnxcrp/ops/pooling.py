@@ -8,9 +8,9 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnxcrp.errors import UnsupportedError
-from onnxcrp.evaluate import evaluate_node
+from onnxcrp.evaluate import Attributes, evaluate_node, resize_matrix
 from onnxcrp.graph import Graph, Value
-from onnxcrp.ops.geometry import expand_batch, pooled, scatter, separable, window
+from onnxcrp.ops.geometry import expand_batch, pads_itself, scatter, separable, window
 from onnxcrp.ops.registry import KEEPS, NONNEGATIVE, Node, Ones, transpose
 
 
@@ -36,20 +36,14 @@ class _Windows:
         strides, dilations, before, after = window(node, self.kernel)
         field = op.Expand(1.0, op.Concat([1, 1], node.size(0, 2), axis=0))
         attrs = {"strides": strides, "dilations": dilations, "kernel_shape": self.kernel}
+        if pads_itself(node):
+            return op.Conv(field, self.one, **attrs, auto_pad=node.attrs["auto_pad"])
         if not node.attrs.get("ceil_mode", 0):
             return op.Conv(field, self.one, **attrs, pads=[*before, *after])
-        sizes = [size for size in node.dims(0)[2:] if size is not None]
-        if len(sizes) < len(self.kernel):
-            raise UnsupportedError(
-                f"{node!r}: ceil_mode needs a static input size here", hint="export the model with a fixed size"
-            )
-        # the windows that ceil_mode adds reach beyond the padding, the ones it drops do not use all of it
-        small = [pooled(node, axis, size, k) for axis, (size, k) in enumerate(zip(sizes, self.kernel, strict=True))]
-        ends = [
-            max((h - 1) * s + d * (k - 1) + 1 - p - size, 0)
-            for h, s, d, k, p, size in zip(small, strides, dilations, self.kernel, before, sizes, strict=True)
-        ]
-        return op.Conv(field, self.one, **attrs, pads=[*before, *ends])
+        # a last window reaches beyond the padding: enough of it is written, and the windows that there are cut out
+        ends = [max(p, d * (k - 1)) for p, d, k in zip(after, dilations, self.kernel, strict=True)]
+        whole, n = op.Conv(field, self.one, **attrs, pads=[*before, *ends]), len(self.kernel)
+        return op.Slice(whole, op.constant(np.zeros(n, np.int64)), op.shape(node.output(), 2), list(range(2, n + 2)))
 
     def spread(self, s: Value) -> Value:
         """s [N, C, h...] -> [N, C, H...]: every position of a window gets the window's s."""
@@ -73,7 +67,7 @@ def average_pool(op: Graph, node: Node, s: Value) -> Value:
     """
     windows = _Windows(op, node)
     kernel = float(np.prod(windows.kernel))
-    if not any(node.attrs.get("pads") or []) and not node.attrs.get("ceil_mode", 0):
+    if not any(node.attrs.get("pads") or []) and not node.attrs.get("ceil_mode", 0) and not pads_itself(node):
         return windows.spread(s * (1.0 / kernel))
     if not node.attrs.get("count_include_pad", 0):
         return windows.spread(s / windows.counts())
@@ -235,25 +229,30 @@ def _winner(op: Graph, node: Node, s: Value, arg: Any) -> Value:
 # ---- interpolation ---------------------------------------------------------------------------------------------------
 
 
+WHOLE = (0.0, 1.0)  # an axis that is not cropped
+_OF_AXES = ("axes", "keep_aspect_ratio_policy")  # attributes that have no meaning for one axis alone
+
+
 def resize_matrices(node: Node) -> dict[int, np.ndarray]:
     """Interpolation along each resized axis as a matrix [out, in], read off the operator itself."""
     small, large = node.dims(0), node.dims(output=True)
-    scales = node.array(2)
+    crops = node.attrs.get("coordinate_transformation_mode") == "tf_crop_and_resize"
     matrices: dict[int, np.ndarray] = {}
+    if small[1:] == large[1:] and None not in small[1:] and not crops:
+        return matrices  # runtimes copy where no size changes, whatever the factors
     for axis, (n, m) in enumerate(zip(small, large, strict=True)):
         if axis == 0:
             continue
-        position = _position(node, axis)
-        scale = float(scales[position]) if scales is not None and scales.size and position is not None else None
+        scale, window = _scale(node, axis), _crop(node, axis) if crops else WHOLE
         if n is None or m is None:
-            if scale == 1.0:
+            if scale == 1.0 and window == WHOLE:
                 continue
             raise UnsupportedError(
                 f"{node!r}: interpolation needs static sizes", hint="export the model with a fixed input size"
             )
-        if n == m and scale in (None, 1.0):
+        if n == m and scale in (None, 1.0) and window == WHOLE:
             continue
-        matrices[axis] = _interpolation(node.attrs, n, m, scale)
+        matrices[axis] = _interpolation(node, n, m, scale, window)
     return matrices
 
 
@@ -265,12 +264,47 @@ def _position(node: Node, axis: int) -> int | None:
     return axes.index(axis) if axis in axes else None
 
 
-def _interpolation(attrs: dict[str, Any], n: int, m: int, scale: float | None) -> np.ndarray:
-    """What Resize does along one axis of length n -> m, [m, n]: its answer to the identity."""
-    kept = {name: value for name, value in attrs.items() if name not in ("axes", "keep_aspect_ratio_policy")}
-    scales = None if scale is None else np.array([1.0, scale])
-    sizes = np.array([n, m]) if scale is None else None
-    return np.asarray(evaluate_node("Resize", kept, [np.eye(n), None, scales, sizes])[0]).T
+def _scale(node: Node, axis: int) -> float | None:
+    """The factor of one axis where it is not simply out / in: as given, or the one that all axes have in common."""
+    position, scales = _position(node, axis), node.array(2)
+    if position is None:
+        return 1.0
+    if scales is not None and scales.size:
+        return float(scales[position])
+    policy, sizes = node.attrs.get("keep_aspect_ratio_policy", "stretch"), node.array(3)
+    if policy == "stretch":
+        return None
+    factors = []
+    for other in range(node.rank(0)):
+        place, have = _position(node, other), node.dims(0)[other]
+        if place is None:
+            continue
+        if sizes is None or have is None:
+            raise UnsupportedError(f"{node!r}: {policy} needs static sizes", hint="export the model with a fixed size")
+        factors.append(float(sizes[place]) / have)
+    return min(factors) if policy == "not_larger" else max(factors)
+
+
+def _crop(node: Node, axis: int) -> tuple[float, float]:
+    """(start, end) of the region of interest along an axis, as parts of its length."""
+    position, roi = _position(node, axis), node.array(1)
+    if position is None:
+        return WHOLE
+    if roi is None:
+        raise UnsupportedError(f"{node!r}: its region of interest is computed while running")
+    return float(roi[position]), float(roi[position + len(roi) // 2])
+
+
+def _interpolation(node: Node, n: int, m: int, scale: float | None, window: tuple[float, float]) -> np.ndarray:
+    """What Resize does along one axis of length n -> m, [m, n]."""
+    if not node.attrs.get("antialias", 0):
+        return resize_matrix(Attributes(node.attrs, opset=18), n, m, m / n if scale is None else scale, window)
+    kept = {name: value for name, value in node.attrs.items() if name not in _OF_AXES}
+    scales, sizes = (None, np.array([n, m])) if scale is None else (np.array([1.0, scale]), None)
+    matrix = np.asarray(evaluate_node("Resize", kept, [np.eye(n), None, scales, sizes])[0]).T  # the answer to identity
+    if len(matrix) != m:
+        raise UnsupportedError(f"{node!r}: {n} entries become {m} by a factor of {scale}, which cannot be followed")
+    return matrix
 
 
 def _resize_family(node: gs.Node, data: int) -> str:
@@ -278,7 +312,8 @@ def _resize_family(node: gs.Node, data: int) -> str:
 
 
 def _resize_sign(node: gs.Node, nonnegative: set[str]) -> bool:
-    return node.inputs[0].name in nonnegative and node.attrs.get("mode", "nearest") != "cubic"
+    fills = node.attrs.get("extrapolation_value", 0.0)
+    return node.inputs[0].name in nonnegative and node.attrs.get("mode", "nearest") != "cubic" and fills >= 0
 
 
 def _block(node: Node) -> list[int] | None:
@@ -294,12 +329,12 @@ def _block(node: Node) -> list[int] | None:
 
 
 def _resize_ones(op: Graph, node: Node) -> Ones:
-    rank = node.rank(0)
-    connected = {axis: (matrix != 0).astype(np.float64) for axis, matrix in resize_matrices(node).items()}
-    count = np.ones([1] * rank)
-    for axis, matrix in connected.items():
-        count = count * matrix.sum(1).reshape([-1 if i == axis else 1 for i in range(rank)])
-    return Ones(op.constant(count.astype(op.dtype)), lambda s: separable(op, s, connected, rank))
+    rank, count = node.rank(0), op.as_value(1.0)
+    connected: dict[int, Value] = {}
+    for axis, matrix in _interpolations(op, node).items():
+        connected[axis] = op.float(op.Abs(matrix) > 1e-6)
+        count = count * op.Reshape(op.ReduceSum(connected[axis], [1], keepdims=0), [-1, *[1] * (rank - 1 - axis)])
+    return Ones(count, lambda s: separable(op, s, connected, rank))
 
 
 @transpose("Resize", family=_resize_family, sign=_resize_sign, forward=_again, ones=_resize_ones)
@@ -308,4 +343,46 @@ def resize(op: Graph, node: Node, s: Value) -> Value:
     block = _block(node) if None in node.dims(0)[1:] else None
     if block:
         return op.AveragePool(s, kernel_shape=block, strides=block) * float(np.prod(block))
-    return separable(op, s, resize_matrices(node), node.rank(0))
+    return separable(op, s, _interpolations(op, node), node.rank(0))
+
+
+def _is_rounded(node: Node) -> bool:
+    """Whether entries are picked by rounding, and not each copied into a block of its own or cut out."""
+    how = node.attrs.get("coordinate_transformation_mode", "half_pixel")
+    policy = node.attrs.get("keep_aspect_ratio_policy", "stretch")
+    if node.attrs.get("mode", "nearest") != "nearest" or how == "tf_crop_and_resize" or policy != "stretch":
+        return False
+    return any(m % n for n, m in zip(node.dims(0)[1:], node.dims(output=True)[1:], strict=True))  # type: ignore[operator]
+
+
+def _interpolations(op: Graph, node: Node) -> dict[int, Value]:
+    """Interpolation along each resized axis [out, in].
+
+    Where sizes vary it is what the operator makes of the identity; so it is, too, where the nearest of two entries is
+    taken that may be equally near: only the runtime knows how it rounds.
+    """
+    static = None not in [*node.dims(0)[1:], *node.dims(output=True)[1:]]
+    if static and not _is_rounded(node) and (not node.has(2) or node.array(2) is not None):
+        return {axis: op.constant(matrix.astype(op.dtype)) for axis, matrix in resize_matrices(node).items()}
+    attrs = {name: value for name, value in node.attrs.items() if name not in _OF_AXES}
+    policy = node.attrs.get("keep_aspect_ratio_policy", "stretch")
+    if policy != "stretch" or attrs.get("coordinate_transformation_mode") == "tf_crop_and_resize":
+        raise UnsupportedError(f"{node!r}: its kind of interpolation needs static sizes", hint="export a fixed size")
+    scales = op.value(node.node.inputs[2]) if node.has(2) else None
+    if scales is not None and scales.array is not None and not scales.array.size:
+        scales = None
+    matrices = {}
+    for axis in range(1, node.rank(0)):
+        position = _position(node, axis)
+        if position is None or (scales is not None and scales.array is not None and scales.array[position] == 1):
+            continue
+        n, m = node.size(0, axis, axis + 1), op.shape(node.output(), axis, axis + 1)
+        identity = op.EyeLike(op.Expand(0.0, op.Concat(n, n, axis=0)))
+        if scales is None:
+            turned = op.node("Resize", [identity, None, None, op.Concat(n, m, axis=0)], attrs)
+        else:
+            factor = op.Slice(scales, [position], [position + 1], [0])
+            one = op.constant(np.ones(1, np.float32))
+            turned = op.node("Resize", [identity, None, op.Concat(one, factor, axis=0)], attrs)
+        matrices[axis] = op.Transpose(turned, perm=[1, 0])
+    return matrices

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import onnx_graphsurgeon as gs
 
@@ -107,9 +105,7 @@ def slice_(op: Graph, node: Node, s: Value) -> Value:
         if len(bounds) == 3 and node.dims(0)[axis] is not None:
             s = _pad_back(op, node, s, axis, bounds)
             continue
-        zero, one = op.constant(np.int64(0)), op.constant(np.int64(1))
-        every = op.Range(zero, op.Squeeze(node.size(0, axis, axis + 1), [0]), one)
-        s = scatter_axis(op, node, s, axis, op.Slice(every, start, end, [0], step))
+        s = scatter_axis(op, node, s, axis, op.Slice(_every(op, node, axis), start, end, [0], step))
     return s
 
 
@@ -194,8 +190,9 @@ def gather(op: Graph, node: Node, s: Value) -> Value:
             return op.Pad(s, pads)
         if len(flat) == size and np.array_equal(np.sort(flat), np.arange(size)):
             return op.Gather(s, [int(i) for i in np.argsort(flat)], axis=axis)
-    elif (flat < 0).any():
-        raise UnsupportedError(f"{node!r}: negative indices into an axis of unknown size")
+    elif (flat < 0).any():  # counted from an end that only the run knows
+        ends = op.Mul(op.constant((flat < 0).astype(np.int64)), node.size(0, axis, axis + 1))
+        return scatter_axis(op, node, s, axis, op.Add(op.constant(flat), ends))
     return scatter_axis(op, node, s, axis, op.constant(flat))
 
 
@@ -233,28 +230,31 @@ def pad(op: Graph, node: Node, s: Value) -> Value:
         for axis in moved:
             back[axis], back[axis + rank] = -before[axis], -after[axis]
         return op.Pad(s, back) if moved else s
-    numpy_mode: Any = {"reflect": "reflect", "edge": "edge", "wrap": "wrap"}.get(mode)
-    matrices = {}
-    for axis in moved:
-        size = node.dims(0)[axis]
-        if size is None or numpy_mode is None or min(before[axis], after[axis]) < 0:
-            raise UnsupportedError(f"{node!r}: {mode} padding needs static sizes and pads >= 0")
-        matrices[axis] = np.eye(size)[np.pad(np.arange(size), (before[axis], after[axis]), mode=numpy_mode)]
-    return separable(op, s, matrices, rank)
+    for axis in moved:  # where every entry comes from: the operator's own answer to 0, 1, 2 ...
+        places = op.Pad(_every(op, node, axis), op.constant([before[axis], after[axis]], np.int64), mode=mode)
+        s = scatter_axis(op, node, s, axis, places)
+    return s
+
+
+def _every(op: Graph, node: Node, axis: int) -> Value:
+    """0, 1, 2 ... along an axis of the input."""
+    zero, one = op.constant(np.int64(0)), op.constant(np.int64(1))
+    return op.Range(zero, op.Squeeze(node.size(0, axis, axis + 1), [0]), one)
 
 
 @transpose("Tile", family="rearrangement", sign=KEEPS)
 def tile(op: Graph, node: Node, s: Value) -> Value:
-    """The sum over the copies."""
-    matrices = {}
+    """The sum over the copies: [..., r n, ...] -> [..., r, n, ...] -> [..., n, ...]."""
+    rank = node.rank(0)
     for axis, repeat in enumerate(node.ints(1)):
-        size = node.dims(0)[axis]
         if repeat == 1:
             continue
-        if size is None or axis == 0:
-            raise UnsupportedError(f"{node!r}: tiling needs static sizes and no copies of the batch")
-        matrices[axis] = np.tile(np.eye(size), (repeat, 1))
-    return separable(op, s, matrices, node.rank(0))
+        if axis == 0:
+            raise UnsupportedError(f"{node!r}: copies of the batch cannot be explained sample by sample")
+        after = [op.shape(s, axis + 1)] if axis + 1 < rank else []
+        parted = op.Reshape(s, op.Concat(op.shape(s, 0, axis), [repeat, -1], *after, axis=0))
+        s = op.ReduceSum(parted, [axis], keepdims=0)
+    return s
 
 
 @transpose("DepthToSpace", family="rearrangement", sign=KEEPS)

@@ -12,6 +12,7 @@ inputs: one Value where the node has one, else `Parts` in the order of `node.dat
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from onnxcrp.errors import PluginError, UnsupportedError
 from onnxcrp.graph import Graph, Value
 
 FAMILIES = {
@@ -34,8 +36,10 @@ FAMILIES = {
     "matmul": "matrix product of two tensors that both carry relevance: attention",
     "softmax": "softmax inside the model",
     "layernorm": "normalization by the sample's own mean and deviation",
+    "kernel": "kernel machine: a weighted sum of kernels over support vectors",
     "embedding": "rows of a constant table, picked by token ids",
     "scale": "product with a constant, change of sign or of number format",
+    "other": "an operator of which only the transpose is known: a composite names its rule",
     "rearrangement": "entries are moved, copied or dropped; needs no line in a composite",
 }
 
@@ -168,28 +172,75 @@ class Op:
 
 OPS: dict[str, Op] = {}
 CARRIES_NONE: dict[str, str] = {}
+BUILT_IN: set[str] = set()  # those of the standard and of canonical form that come with onnxcrp
+
+
+def _free(name: str) -> None:
+    if name in OPS or name in CARRIES_NONE:
+        raise PluginError(
+            f"operator {name} is registered already",
+            hint="a composite can give it another rule; one of your own domain is registered as my.domain::"
+            + name.rpartition("::")[2],
+        )
 
 
 def _register(op: Op) -> None:
-    if op.name in OPS or op.name in CARRIES_NONE:
-        raise ValueError(f"operator {op.name} is registered already")
+    _free(op.name)
     if isinstance(op.family, str) and op.family not in FAMILIES:
-        raise ValueError(f"operator {op.name}: unknown family {op.family!r}; one of {', '.join(FAMILIES)}")
+        raise PluginError(f"operator {op.name}: unknown family {op.family!r}", hint=f"one of {', '.join(FAMILIES)}")
     OPS[op.name] = op
+
+
+@functools.cache
+def standard() -> frozenset[str]:
+    """All operators of the ONNX standard."""
+    import onnx.defs
+
+    return frozenset(schema.name for schema in onnx.defs.get_all_schemas_with_history() if schema.domain == "")
+
+
+def key_of(op: str, domain: str | None) -> str:
+    """The name in OPS of an operator of some domain: `MyOp` where that was registered, else `my.domain::MyOp`.
+
+    A plain name stands for the standard's operator, or for one of any other domain if the standard and onnxcrp have
+    none of that name.
+    """
+    full = f"{domain}::{op}" if domain else op
+    if not domain or full in OPS or full in CARRIES_NONE:
+        return full
+    return op if op not in standard() | BUILT_IN and (op in OPS or op in CARRIES_NONE) else full
+
+
+def claimed(op: str, domain: str | None) -> bool:
+    """Whether an operator of another domain, or a local function, is registered."""
+    return any(key_of(op, domain) in table for table in (OPS, CARRIES_NONE))
+
+
+def about(name: str) -> Op:
+    """What is known of an operator; one that nobody registered has no transpose, which some rules do without."""
+
+    def missing(op: Graph, node: Node, s: Any) -> Any:
+        raise UnsupportedError(f"{node!r} has no transpose", hint=REGISTER.format(name))
+
+    return OPS.get(name) or Op(name, "other", missing)
+
+
+REGISTER = 'register it, @onnxcrp.transpose("{}") in a file that --plugin names (docs/extending.md)'
 
 
 def transpose(
     *names: str,
-    family: str | Callable[[gs.Node, int], str],
+    family: str | Callable[[gs.Node, int], str] = "other",
     sign: Any = None,
     forward: Callable[..., Value] | None = None,
     ones: Callable[..., Ones] | None = None,
     weighted: bool = False,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register the transpose of an operator (of several that share it).
+    """Register the transpose of an operator (of several that share it); errors: PluginError if it has one already.
 
-    `forward(op, node, a, W, b)` writes the node again with other inputs, where its family's rules need that; `ones(op,
-    node)` returns its `Ones`, for the rule `flat`.
+    `names`: "GridSample", or "my.domain::MyOp"; "MyOp" is that operator of any domain. `family`: which rules it can
+    have. `forward(op, node, a, W, b)` writes the node again with other inputs, where its family's rules need that;
+    `ones(op, node)` returns its `Ones`, for the rule `flat`.
     """
 
     def add(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -219,8 +270,7 @@ def activation(*names: str, sign: Any = None) -> Callable[[Callable[..., Value]]
 def carries_none(*names: str, why: str) -> None:
     """State that an operator's output carries no relevance (shapes, positions, comparisons)."""
     for name in names:
-        if name in OPS or name in CARRIES_NONE:
-            raise ValueError(f"operator {name} is registered already")
+        _free(name)
         CARRIES_NONE[name] = why
 
 

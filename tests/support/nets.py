@@ -125,7 +125,7 @@ def build(name: str) -> tuple[nn.Module, torch.Tensor]:
             options = {"init_weights": False, "aux_logits": False} if name == "googlenet" else {}
             net = getattr(torchvision.models, name)(weights=None, **options)
         net.eval().requires_grad_(False)
-        _randomise(net, samples(name, 4, seed=1), scale=3.0 if name == "mobilenet_v2" else 10.0)
+        randomise(net, samples(name, 4, seed=1), scale=3.0 if name == "mobilenet_v2" else 10.0)
     return net, _settle(net, name)
 
 
@@ -212,7 +212,7 @@ def _shift_biases(net: nn.Module, x: torch.Tensor, carriers: set[nn.Module], fol
     return ties
 
 
-def _randomise(net: nn.Module, x: torch.Tensor, scale: float) -> None:
+def randomise(net: nn.Module, x: torch.Tensor, scale: float) -> None:
     """Set weights, biases and BatchNorm to random values of the size of what flows through, layer by layer as x passes.
 
     Random statistics that have nothing to do with the data would blow up or silence nets of 50 layers. So each layer

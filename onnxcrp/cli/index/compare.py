@@ -1,0 +1,50 @@
+"""`onnxcrp index compare`: how far the criteria agree."""
+
+from __future__ import annotations
+
+import click
+
+from onnxcrp.cli import options
+from onnxcrp.cli.output import columns, heading, write_json, wrote
+
+
+@click.command(
+    "compare",
+    cls=options.Command,
+    examples=[
+        "onnxcrp index compare shapes.index -o agreement.png",
+        "onnxcrp index compare shapes.index --layer layer3.0.conv2 --k 5 --json",
+    ],
+)
+@options.index
+@click.option("--layer", "layers", multiple=True, metavar="LAYER", help="Only this one. Repeatable.  [default: all]")
+@click.option("--k", type=click.IntRange(1), help="Of the best K reference samples only.")
+@click.option("-o", "--out", type=click.Path(dir_okay=False), help="Plot it: .png, .pdf or .svg (needs matplotlib).")
+@options.as_json
+@options.quiet
+def command(index: str, layers: tuple[str, ...], k: int | None, out: str | None, as_json: bool, quiet: bool) -> None:
+    """How many reference samples the criteria of INDEX share: sum and max, RelMax and ActMax, the mean over the
+    concepts of each layer (CRP Fig. 12). overlap is |A & B| / k, jaccard |A & B| / |A | B|.
+    """
+    from onnxcrp.errors import QuestionError
+    from onnxcrp.index import Index
+
+    opened = Index.open(index)
+    for layer in layers:
+        opened.layer(layer)
+    frame = opened.compare(list(layers) or None, k)
+    if not len(frame):
+        raise QuestionError(f"{index} has one criterion", hint="build with both of --criteria or of --aggregate")
+    if as_json:
+        write_json(frame.to_dict("records"))
+    else:
+        heading("Same reference samples")
+        rows = [
+            [row.layer, row.one, row.other, f"{row.overlap:.3f}", f"{row.overlap_std:.3f}", f"{row.jaccard:.3f}"]
+            for row in frame.itertuples()
+        ]
+        columns(rows, titles=["layer", "one", "other", "overlap", "+-", "jaccard"])
+    if out is not None:
+        from onnxcrp.picture.plot import agreement
+
+        wrote(agreement(frame, out), quiet=quiet)

@@ -1,0 +1,201 @@
+"""Oracles: `Explainer.explain` on the same samples, bit by bit; the nodes of the relevance model, each in one stage."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+import onnxcrp
+from onnxcrp import Explainer
+from onnxcrp.canonize.load import names_read
+from onnxcrp.errors import InputError, QuestionError
+from onnxcrp.result import NegativeLogitWarning
+from onnxcrp.stages import Staged, split
+
+FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
+NETS = {
+    "shapes": ["layer2.0.conv2", "layer3.0.conv1", "layer1.0"],
+    "ecg": ["3", "6"],
+    "digits": ["features.5", "features.8"],
+    "int8": ["layer2.0.conv2", "layer3.0.conv2"],
+}
+RULES = ["epsilon_plus_flat", "epsilon_gamma_box(low=0, high=2)"]
+
+
+@pytest.fixture(scope="module", params=[(name, rules) for name in NETS for rules in RULES], ids=lambda p: p[0])
+def asked(request):
+    name, rules = request.param
+    explainer = Explainer(FIXTURES / name / "net.onnx", rules)
+    ((dtype, shape),) = explainer.inputs.values()
+    x = np.random.default_rng(0).uniform(0, 2, (2, *shape[1:])).astype(dtype)
+    return explainer, x, explainer.at(x), NETS[name]
+
+
+def one_by_one(explainer, x, target, **question):
+    """Relevance of each sample asked alone, [B, N, ...]: how many samples run at once changes rounding."""
+    found = [explainer.explain(x[row : row + 1], target[row], **question) for row in range(len(x))]
+    return {name: np.concatenate([each.relevance[name] for each in found]) for name in found[0].relevance}
+
+
+def test_the_same_bit_by_bit_from_one_forward_pass(asked):
+    explainer, x, kept, layers = asked
+    questions = [
+        {"conditions": [{}, {}], "record": [layers[0]]},
+        {"conditions": [{layer: [c]} for layer in layers for c in range(3)], "bypass": "keep"},
+        {"conditions": [{layers[0]: [1], layers[1]: [2, 3]}, {layers[0]: [0], layers[1]: [1]}], "bypass": "keep"},
+    ]
+    for question in questions:
+        have = kept.explain([1, 2], seed="abs", **question)
+        want = one_by_one(explainer, x, [1, 2], seed="abs", **question)
+        assert want.keys() == have.relevance.keys()
+        for name in want:
+            np.testing.assert_array_equal(have.relevance[name], want[name])
+    assert kept.forwards == len(x)
+
+
+def test_cuts_from_the_same_forward_pass(asked):
+    """A cut reads fewer activations, so that the runtime may fuse its own forward pass differently: to rounding."""
+    explainer, x, kept, layers = asked
+    question = {"conditions": [{layer: [c]} for layer in layers for c in range(3)] + [{layers[0]: [1]}], "seed": "abs"}
+    have, want = kept.explain([1, 2], **question), one_by_one(explainer, x, [1, 2], **question)
+    for name in want:
+        assert np.linalg.norm(have.relevance[name] - want[name]) <= 1e-5 * np.linalg.norm(want[name])
+    assert kept.forwards == len(x)
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_every_node_has_one_stage(name):
+    model = onnxcrp.compile(FIXTURES / name / "net.onnx", conditions=[NETS[name][0]], masks="required")
+    names = json.loads(next(entry.value for entry in model.metadata_props if entry.key == "onnxcrp.map"))
+    asking = {names["target"], *names["masks"].values()}
+    stages = split(model, asking)
+    parts = [stages.forward, stages.factors, stages.messages]
+    assert sorted(node.name for part in parts for node in part.nodes) == sorted(node.name for node in model.graph.node)
+    depends, backward = set(asking), set()
+    for node in model.graph.node:  # by hand: what depends on the question, what comes after the walk's own nodes
+        reads = set(names_read(node))
+        if reads & depends:
+            depends.update(node.output)
+        if reads & backward or node.name.startswith("R/"):
+            backward.update(node.output)
+    assert stages.made_by(stages.messages) == depends - asking
+    assert stages.made_by(stages.factors) == backward - depends
+    assert not any(node.op_type in ("Conv", "Gemm") and node.name.startswith("R/") for node in stages.forward.nodes)
+    assert set(stages.forward.reads) == {port.name for port in model.graph.input} - asking
+
+
+@pytest.fixture(scope="module")
+def shapes():
+    explainer = Explainer(FIXTURES / "shapes" / "net.onnx")
+    x = np.random.default_rng(1).normal(size=(3, 3, 64, 64)).astype(np.float32)
+    return explainer, x, explainer.at(x)
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        {"target": "top"},
+        {"target": "top2"},
+        {"target": [0, 1, 2], "record": ["layer2.0.conv2", "fc"]},
+        {"target": 1, "conditions": {"layer2.0.conv2": [3]}, "bypass": "keep"},
+        {"target": 1, "conditions": [{"layer2.0.conv2": [c]} for c in (1, 5, 7)], "pairwise": True, "bypass": "keep"},
+        {"start": {"layer2.0.conv2": [3]}, "start_from": "one", "seed": None},
+        {"target": {2: 1.0, 3: -1.0}, "inputs": (), "record": "layer1.0.conv1"},
+        {"seed": np.eye(6, dtype=np.float32)[:3]},
+    ],
+    ids=lambda question: "-".join(question),
+)
+def test_every_kind_of_question(shapes, question):
+    explainer, x, kept = shapes
+    question = {"seed": "abs", **question}
+    have, want = kept.explain(**question), explainer.explain(x, **question)
+    for part in ("relevance", "activation", "outputs"):
+        assert getattr(have, part).keys() == getattr(want, part).keys()
+        for name, array in getattr(want, part).items():
+            np.testing.assert_allclose(getattr(have, part)[name], array, rtol=1e-4, atol=1e-5 * np.abs(array).max())
+    np.testing.assert_allclose(have.explained, want.explained, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(have.targets, want.targets)
+    assert have.conditions == want.conditions
+
+
+def test_the_forward_pass_runs_once_for_every_sample(monkeypatch):
+    explainer = Explainer(FIXTURES / "ecg" / "net.onnx")
+    calls = []
+    forward = Staged.forward
+    monkeypatch.setattr(Staged, "forward", lambda self, feeds: calls.append(len(feeds)) or forward(self, feeds))
+    kept = explainer.at(np.random.default_rng(0).random((2, 1, 150), np.float32))
+    assert calls == []
+    for question in ({"target": "top"}, {"target": 1}, {"target": 2, "conditions": [{"6": [1]}, {"3": [1]}]}):
+        kept.explain(seed="abs", **question)
+        kept.explain(seed="abs", **question)
+    assert calls == [1, 1]
+
+
+def test_many_threads(shapes):
+    explainer, x, _ = shapes
+    kept, found = explainer.at(x[:1]), {}
+
+    def ask(channel: int) -> None:
+        found[channel] = kept.explain(1, seed="abs", conditions=[{"layer3.0.conv2": [channel]}] * 2).heatmap
+
+    threads = [threading.Thread(target=ask, args=(channel,)) for channel in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for channel in range(8):
+        np.testing.assert_array_equal(
+            found[channel], kept.explain(1, seed="abs", conditions=[{"layer3.0.conv2": [channel]}] * 2).heatmap
+        )
+    assert kept.forwards == 1
+
+
+def test_results_on_the_device(shapes):
+    explainer, x, kept = shapes
+    question = {"conditions": [{"layer2.0.conv2": [c]} for c in range(3)], "record": ["layer2.0.conv2"], "seed": "abs"}
+    one = explainer.at(x[:1])
+    device, host = one.explain(1, return_ortvalue=True, **question), one.explain(1, **question)
+    np.testing.assert_array_equal(device.relevance["input"].numpy(), host.relevance["input"][0])
+    np.testing.assert_array_equal(device.activation["layer2.0.conv2"].numpy(), host.activation["layer2.0.conv2"])
+    with pytest.raises(QuestionError, match="one run"):
+        kept.explain(1, return_ortvalue=True, **question)
+
+
+def test_warnings_and_errors(shapes):
+    explainer, x, kept = shapes
+    worst = int(explainer.explain(x[:1], 0, seed="abs").explained[0].argmin())
+    with pytest.warns(NegativeLogitWarning):
+        explainer.at(x[:1]).explain(worst)
+    with pytest.raises(QuestionError, match=r"layer9"):
+        kept.explain(1, conditions={"layer9": [1]})
+    with pytest.raises(InputError, match="expected"):
+        explainer.at(x[:, :1])
+
+
+def test_where_there_is_no_forward_pass_to_keep():
+    """Rows of two samples are merged and parted again: axis 0 is no batch in between."""
+    nodes = [
+        helper.make_node("Reshape", ["x", "rows"], ["merged"]),
+        helper.make_node("Gemm", ["merged", "fc.weight"], ["z"]),
+        helper.make_node("Reshape", ["z", "samples"], ["y"]),
+    ]
+    weights = {
+        "rows": np.array([-1, 3]),
+        "samples": np.array([-1, 8]),
+        "fc.weight": np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32),
+    }
+    graph = helper.make_graph(
+        nodes,
+        "rows",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 2, 3])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 8])],
+        [numpy_helper.from_array(array, name) for name, array in weights.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    with pytest.raises(QuestionError, match="no forward pass can be kept"):
+        Explainer(model, "epsilon").at(np.ones((1, 2, 3), np.float32))
