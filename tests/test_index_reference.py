@@ -177,6 +177,20 @@ def test_heatmaps_are_those_of_one_call_per_sample(tiny, net):
                     np.testing.assert_allclose(each.heatmap, expected.heatmap[0], rtol=1e-4, atol=1e-6)
 
 
+def test_heatmaps_begin_at_relevance_where_negative_activation_counts(scenes):
+    """conv1 is read by a ReLU alone; the second convolution of a residual block by a sum."""
+    for layer, criterion, start in (
+        ("layer2.0.conv1", "relmax", "activation"),
+        ("layer2.0.conv2", "relmax", "relevance"),
+        ("layer2.0.conv2", "actmax", "activation"),
+    ):
+        usual = scenes.reference_samples(layer, 2, criterion, k=2)
+        assert usual.start == start
+        told = scenes.reference_samples(layer, 2, criterion, k=2, start=start)
+        for one, other in zip(usual.samples, told.samples, strict=True):
+            np.testing.assert_array_equal(one.heatmap, other.heatmap)
+
+
 def test_strongest_neurons_are_where_the_layer_is_strongest(tiny, net):
     found = tiny.reference_samples("first", 2, "actmax", "max", k=4, parts=())
     for each in found.samples:

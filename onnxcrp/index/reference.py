@@ -137,7 +137,7 @@ class Views:
                 position=tuple(int(p) for p in self.index.unravel(layer, row["position"])),
                 x=sample.x,
                 picture=self._picture(sample),
-                signal=as_drawn(sample.x[0], self.layout) if sample.x.ndim < 4 else None,
+                signal=self._signal(sample),
                 field=field,
                 heatmap=heatmap,
                 center=center,
@@ -158,6 +158,12 @@ class Views:
         if sample.display is not None or sample.x.ndim != 4:
             return sample.display
         return self.index.preprocessing.to_display(sample.x)
+
+    def _signal(self, sample: Sample) -> np.ndarray | None:
+        """None for pictures, and for token ids, which are no curve."""
+        if sample.x.ndim > 3 or (sample.x.ndim == 2 and sample.x.dtype.kind in "iu"):
+            return None
+        return as_drawn(sample.x[0], self.layout)
 
     # --- receptive fields ---------------------------------------------------------------------------------------------
 

@@ -85,16 +85,20 @@ def command(
 
     if engine == "local":
         options.refuse_idle(ctx, "address", "actors", without="--engine ray")
-    index = build(
-        model,
-        list(data),
-        out,
-        layers=list(layers) or None,
-        providers=list(providers) or None,
-        engine=engine,
-        progress=not quiet and sys.stderr.isatty(),
-        **settings,
-    )
+    try:
+        index = build(
+            model,
+            list(data),
+            out,
+            layers=list(layers) or None,
+            providers=list(providers) or None,
+            engine=engine,
+            progress=not quiet and sys.stderr.isatty(),
+            **settings,
+        )
+    except KeyboardInterrupt:
+        click.echo("interrupted: the same command goes on from what was written last", err=True)
+        ctx.exit(130)
     if as_json:
         write_json(summary(index.manifest))
     if not quiet:
