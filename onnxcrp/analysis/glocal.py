@@ -136,8 +136,7 @@ def figure(index: Index, found: Glocal, styles: Sequence[str]) -> Image.Image:
     )
     most = max((abs(used.concept.share) for used in found.concepts), default=0) or 1.0
     groups = [first, *(_group(index, explanation, used, styles, most) for used in found.concepts)]
-    signal = explanation.sample.display is None
-    return gallery(groups, foot=drawing.legend(index, styles, signals=signal, heatmaps=COLORS))
+    return gallery(groups, foot=drawing.legend(index, [used.references for used in found.concepts], styles, COLORS))
 
 
 def _views(index: Index, explanation: Explanation, answer: Answer) -> list[Image.Image]:

@@ -116,6 +116,7 @@ class Views:
         if unknown := set(parts) - set(PARTS):
             raise QuestionError(f"part {min(unknown)!r} is unknown", hint=f"there are {', '.join(PARTS)}")
         frame = self.index.top(layer, channel, criterion, aggregate, cls=cls, k=k)
+        frame = frame[frame["score"] > 0]
         samples = [self.index.sample(number) for number in frame["sample"]]
         positions = [int(p) for p in frame["position"]]
         empty: list[np.ndarray | None] = [None] * len(samples)
