@@ -36,7 +36,7 @@ def test_outside_the_mask_it_is_dark():
     picture = np.full((2, 2, 3), 200, np.uint8)
     found = dimmed(picture, np.array([[True, False], [False, True]]))
     assert found[0, 0].tolist() == found[1, 1].tolist() == [200] * 3
-    assert found[0, 1].tolist() == found[1, 0].tolist() == [44] * 3  # 0.22 of it
+    assert found[0, 1].tolist() == found[1, 0].tolist() == [60] * 3  # 0.3 of it
 
 
 def test_a_picture_is_fitted_into_a_square_and_its_box_marked():

@@ -185,6 +185,6 @@ def _group(index: Index, explanation: Explanation, used: Used, styles: Sequence[
         captions,
         strips,
         lead,
-        ("what it saw here", f"relevance {number(used.answer.relevance)}"),
+        ("what it saw here", f"R_c {number(concept.relevance)}"),
         concept.share / most,
     )
