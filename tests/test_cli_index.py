@@ -151,6 +151,20 @@ def test_a_broken_sample_is_named_and_the_build_goes_on(there):
     assert (again.stdout, again.stderr) == ("", "")
 
 
+def test_an_interrupted_build_says_how_to_go_on(there, monkeypatch):
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("onnxcrp.index.builder.Work.run", stop)
+        result = run("index", "build", *SHAPES, "--layer", "conv1", "-o", "stopped.index")
+    assert result.exit_code == 130
+    assert result.stderr == "interrupted: the same command goes on from what was written last\n"
+    assert run("index", "show", "stopped.index", "--layer", "conv1", "-C", 1).exit_code == 1
+    done("index", "build", *SHAPES, "--layer", "conv1", "-o", "stopped.index")
+    assert Index.open("stopped.index").manifest["complete"]
+
+
 def test_a_process_of_its_own_keeps_stdout_for_data(there):
     """Through the installed entry point, on a terminal that is none: no bar, messages on stderr."""
     script = [sys.executable, "-m", "onnxcrp.cli", "index", "build", *SHAPES, "--layer", "conv1", "-o", "i.index"]
@@ -284,6 +298,15 @@ def test_concepts_are_those_of_explain(there):
             assert three.height > one.height + 300
     text = done(*GLOCAL, "--k-concepts", 1, "-t", "disc", "--by", "abs").stdout
     assert re.search(r"explained  disc  3\.01", text)
+
+
+def test_reference_samples_of_the_explained_class_only(there):
+    asked = (*GLOCAL, "--k-concepts", 2, "--k", 2, "--same-class", "-t", "star", "--style", "full", "--style", "crop",
+             "--criterion", "actmax", "--json", "-o", "a.png")  # fmt: skip
+    for concept in json.loads(done(*asked).stdout)["concepts"]:
+        assert [row["target"] for row in concept["references"]] == [4, 4]
+    result = run(*GLOCAL, "--same-class", "-t", "4-0")
+    assert (result.exit_code, "no single class" in result.stderr) == (1, True)
 
 
 def test_another_model_is_refused(there):

@@ -14,6 +14,7 @@ from PIL import Image
 
 from onnxcrp.analysis import gallery as drawing
 from onnxcrp.errors import InputError, OnnxcrpError, QuestionError
+from onnxcrp.index.reference import Reference, ReferenceSamples
 from onnxcrp.picture import plot
 from onnxcrp.picture.gallery import BAR_WIDTH, Group, Strip, dimmed, gallery, heatmap_tile, picture_tile
 from onnxcrp.picture.signals import MARK, PALE, pieces_image, signal_tile
@@ -35,7 +36,7 @@ def test_outside_the_mask_it_is_dark():
     picture = np.full((2, 2, 3), 200, np.uint8)
     found = dimmed(picture, np.array([[True, False], [False, True]]))
     assert found[0, 0].tolist() == found[1, 1].tolist() == [200] * 3
-    assert found[0, 1].tolist() == found[1, 0].tolist() == [44] * 3  # 0.22 of it
+    assert found[0, 1].tolist() == found[1, 0].tolist() == [60] * 3  # 0.3 of it
 
 
 def test_a_picture_is_fitted_into_a_square_and_its_box_marked():
@@ -149,6 +150,33 @@ def test_styles_ask_for_what_they_need():
     assert set(drawing.parts_for(list(drawing.STYLES))) == {"field", "heatmap"}
     with pytest.raises(QuestionError, match="style is 'nice'"):
         drawing.parts_for(["nice"])
+
+
+def reference(**given) -> Reference:
+    """A picture of 8 x 8 under no field, unless told."""
+    usual = {"number": 0, "name": "a", "dataset": "d", "label": 0, "target": 0, "score": 0.5, "position": (1, 1)}
+    arrays = {"x": np.zeros((1, 3, 8, 8)), "picture": np.zeros((8, 8, 3), np.uint8), "signal": None, "field": None}
+    return Reference(**(usual | arrays | {"heatmap": None, "center": None} | given))
+
+
+def test_crops_that_are_the_full_picture_are_not_drawn_twice():
+    part = np.zeros((8, 8))
+    part[2:5, 3] = 1
+    for fields, expected in (([np.ones((8, 8))] * 2, ["full"]), ([np.ones((8, 8)), part], ["full", "crop"])):
+        found = ReferenceSamples(
+            "a", 0, "relmax", "sum", None, "activation", FRAME, [reference(field=f) for f in fields]
+        )
+        strips = drawing.strips(found, ["full", "crop"])
+        assert [strip.label or "full" for strip in strips] == expected
+        assert [len(drawing.strips(found, ["crop"])[0].tiles)] == [2]
+    assert reference(field=part).box == (slice(2, 5), slice(3, 4))
+    assert boxes(drawing.tile(reference(field=np.ones((8, 8))), "full"), MARK) is None
+    assert boxes(drawing.tile(reference(field=part), "full"), MARK) is not None
+
+
+def test_what_is_neither_picture_nor_signal_is_refused():
+    with pytest.raises(InputError, match=r"an input \[6\] cannot be drawn"):
+        drawing.tile(reference(picture=None, x=np.zeros((1, 6), np.int64)), "full")
 
 
 # ---------------------------------------------------------------------------------------------------------------- plot

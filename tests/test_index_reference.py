@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import shutil
 import warnings
@@ -15,7 +16,7 @@ pytest.importorskip("pyarrow", reason="the index needs the extra [index]")
 
 from fixtures.shapes import make as shapes
 from onnxcrp import Explainer, NegativeLogitWarning
-from onnxcrp.analysis import glocal, statistics
+from onnxcrp.analysis import gallery, glocal, statistics
 from onnxcrp.data import load_inputs
 from onnxcrp.errors import InputError, OnnxcrpError, QuestionError
 from onnxcrp.index import Index, build
@@ -158,23 +159,40 @@ def test_fields_of_a_signal_and_where_their_middle_is(line):
 # ------------------------------------------------------------------------------------------------- heatmaps and masks
 
 
-def test_heatmaps_are_those_of_one_call_per_sample(tiny, net):
+@pytest.mark.parametrize("start", ["activation", "relevance"])
+@pytest.mark.parametrize("criterion", ["relmax", "actmax"])
+def test_heatmaps_are_those_of_one_call_per_sample(tiny, net, criterion, start):
     explainer = Explainer(net)
     x, _ = indexes.data(50)
-    for criterion in ("relmax", "actmax"):
-        for start in ("activation", "relevance"):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", NegativeLogitWarning)
-                found = tiny.reference_samples("first", 3, criterion, k=5, start=start)
-                for each, row in zip(found.samples, tiny.top("first", 3, criterion, k=5).itertuples(), strict=True):
-                    assert (each.number, each.target, each.score) == (row.sample, row.target, row.score)
-                    sample = x[row.sample : row.sample + 1]
-                    if start == "activation":
-                        expected = explainer.explain(sample, start={"first": [3]})
-                    else:
-                        expected = explainer.explain(sample, int(row.target), conditions={"first": [3]})
-                    np.testing.assert_array_equal(each.x, sample)
-                    np.testing.assert_allclose(each.heatmap, expected.heatmap[0], rtol=1e-4, atol=1e-6)
+    frame = tiny.top("first", 2, criterion, k=5)
+    frame = frame[frame["score"] > 0]
+    assert len(frame) > 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NegativeLogitWarning)
+        found = tiny.reference_samples("first", 2, criterion, k=5, start=start)
+        for each, row in zip(found.samples, frame.itertuples(), strict=True):
+            assert (each.number, each.target, each.score) == (row.sample, row.target, row.score)
+            sample = x[row.sample : row.sample + 1]
+            if start == "activation":
+                expected = explainer.explain(sample, start={"first": [2]})
+            else:
+                expected = explainer.explain(sample, int(row.target), conditions={"first": [2]})
+            np.testing.assert_array_equal(each.x, sample)
+            np.testing.assert_allclose(each.heatmap, expected.heatmap[0], rtol=1e-4, atol=1e-6)
+
+
+def test_heatmaps_begin_at_relevance_where_negative_activation_counts(scenes):
+    """conv1 is read by a ReLU alone; the second convolution of a residual block by a sum."""
+    for layer, criterion, start in (
+        ("layer2.0.conv1", "relmax", "activation"),
+        ("layer2.0.conv2", "relmax", "relevance"),
+        ("layer2.0.conv2", "actmax", "activation"),
+    ):
+        usual = scenes.reference_samples(layer, 2, criterion, k=2)
+        assert usual.start == start
+        told = scenes.reference_samples(layer, 2, criterion, k=2, start=start)
+        for one, other in zip(usual.samples, told.samples, strict=True):
+            np.testing.assert_array_equal(one.heatmap, other.heatmap)
 
 
 def test_strongest_neurons_are_where_the_layer_is_strongest(tiny, net):
@@ -185,6 +203,16 @@ def test_strongest_neurons_are_where_the_layer_is_strongest(tiny, net):
         assert each.field is None
         assert each.heatmap is None
         assert each.box == (slice(0, 6), slice(0, 6))
+
+
+def test_samples_that_do_not_use_a_concept_are_left_out(tiny):
+    """And an index of which that is true for all says so in its picture, without one."""
+    frame = tiny.top("first", 3)
+    found = tiny.reference_samples("first", 3, k=None)
+    assert 0 < len(found.samples) == (frame["score"] > 0).sum() < len(frame)
+    nobody = dataclasses.replace(found, samples=[])
+    assert "no sample uses it" in gallery.group(tiny, nobody, ["full"]).note
+    assert gallery.figure(tiny, [nobody], ["full", "crop"]).height > 50
 
 
 def test_only_the_class_asked_for(tiny):

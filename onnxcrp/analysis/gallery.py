@@ -32,6 +32,7 @@ MOST = 24  # concepts in one picture
 SCORES = "Above each sample the concept's share of its layer's total there."
 COLORS = "Heatmaps: red speaks for the concept, blue against it, each on a scale of its own."
 BOXES = "Orange: the receptive field of the concept's strongest neuron."
+WHOLE = "The strongest neurons of these concepts see the whole sample."
 CROPS = "Crops: the receptive field of the concept's strongest neuron."
 MASKS = "Masked: bright where the blurred heatmap exceeds 40 % of its maximum."
 PIECES_SAID = "Lines over each other: the receptive fields of the strongest neurons (orange), dark their mean."
@@ -49,8 +50,7 @@ def figure(index: Index, concepts: Sequence[ReferenceSamples], styles: Sequence[
     """One group of strips for each concept; raises InputError for what cannot be drawn, or too much of it."""
     check_count(len(concepts))
     groups = [group(index, found, styles) for found in concepts]
-    signals = any(each.center is not None for found in concepts for each in found.samples)
-    return gallery(groups, foot=legend(index, styles, signals=signals))
+    return gallery(groups, foot=legend(index, concepts, styles))
 
 
 def check_count(concepts: int) -> None:
@@ -59,13 +59,16 @@ def check_count(concepts: int) -> None:
         raise InputError(f"{concepts} concepts in one picture", hint=f"at most {MOST}: draw several")
 
 
-def legend(index: Index, styles: Sequence[str], *, signals: bool = False, heatmaps: str = COLORS) -> str:
-    """What figures and colours of these styles mean; `heatmaps`: what is said of them, where there are any."""
-    captioned = not signals or any(style != "crop" for style in styles)
+def legend(index: Index, concepts: Sequence[ReferenceSamples], styles: Sequence[str], heatmaps: str = COLORS) -> str:
+    """What the figures and colours of these styles mean; `heatmaps`: what is said of those, where there are any."""
+    samples = [each for found in concepts for each in found.samples]
+    pieces = "crop" in styles and any(each.center is not None for each in samples)
+    captioned = not pieces or any(style != "crop" for style in styles)
     words = [SCORES] if captioned and index.manifest["question"]["normalize"] else []
     words += [heatmaps] if "heatmap" in styles or heatmaps != COLORS else []
     if {"full", "crop"} & set(styles):
-        words.append(PIECES_SAID if signals and "crop" in styles else BOXES if "full" in styles else CROPS)
+        boxes = WHOLE if all(map(_everything, samples)) else BOXES if "full" in styles else CROPS
+        words.append(PIECES_SAID if pieces else boxes)
     return " ".join([*words, MASKS] if "masked" in styles else words)
 
 
@@ -75,13 +78,11 @@ def group(index: Index, found: ReferenceSamples, styles: Sequence[str]) -> Group
     heading = concept_name(found.layer, found.channel)
     note = f"{CRITERIA[found.criterion]}, {found.aggregate}{of}"
     if not found.samples:
-        return Group(heading, f"{note}: no samples")
+        return Group(heading, f"{note}: no sample {'uses' if found.criterion == 'relmax' else 'excites'} it")
     if {"heatmap", "masked"} & set(styles):
         note += f", heatmaps from its {found.start}"
     if served := serves(index, found.layer, found.channel):
         note += f"; serves most: {served}"
-    if max(each.score for each in found.samples) <= 0:
-        note += "; no sample uses it" if found.criterion == "relmax" else "; no sample excites it"
     pieces = pieces_of(index, found) if "crop" in styles else None
     return Group(heading, note, captions(index, found), strips(found, styles), lead=pieces)
 
@@ -166,10 +167,10 @@ def tile(each: Reference, style: str, *, side: int = TILE) -> Image.Image:
 
 
 def _everything(each: Reference) -> bool:
-    """Whether the strongest neuron sees the whole picture."""
-    return each.picture is not None and all(
-        (part.start, part.stop) == (0, size) for part, size in zip(each.box, each.picture.shape[:2], strict=True)
-    )
+    """Whether the strongest neuron sees the whole sample."""
+    seen = each.picture if each.picture is not None else each.signal
+    sizes = () if seen is None else seen.shape[:2] if each.picture is not None else seen.shape[1:]
+    return all((part.start, part.stop) == (0, size) for part, size in zip(each.box, sizes, strict=False))
 
 
 def pieces_of(index: Index, found: ReferenceSamples, size: tuple[int, int] = PIECES) -> Image.Image | None:

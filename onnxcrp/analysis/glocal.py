@@ -136,8 +136,7 @@ def figure(index: Index, found: Glocal, styles: Sequence[str]) -> Image.Image:
     )
     most = max((abs(used.concept.share) for used in found.concepts), default=0) or 1.0
     groups = [first, *(_group(index, explanation, used, styles, most) for used in found.concepts)]
-    signal = explanation.sample.display is None
-    return gallery(groups, foot=drawing.legend(index, styles, signals=signal, heatmaps=COLORS))
+    return gallery(groups, foot=drawing.legend(index, [used.references for used in found.concepts], styles, COLORS))
 
 
 def _views(index: Index, explanation: Explanation, answer: Answer) -> list[Image.Image]:
@@ -186,6 +185,6 @@ def _group(index: Index, explanation: Explanation, used: Used, styles: Sequence[
         captions,
         strips,
         lead,
-        ("what it saw here", f"relevance {number(used.answer.relevance)}"),
+        ("what it saw here", f"R_c {number(concept.relevance)}"),
         concept.share / most,
     )

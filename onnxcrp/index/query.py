@@ -282,6 +282,7 @@ class Index:
     ) -> ReferenceSamples:
         """The best `k` of `top`, read again, each with its receptive field, conditional heatmap and mask.
 
+        Samples with a score of 0 or less are left out: they do not use the concept, or do not excite it.
         `start`: heatmaps begin at the concept's "activation", or at its "relevance" for the row's target; by default at
         its relevance for RelMax where more than a ReLU reads the layer, so that negative activation counts. `parts`:
         "field" and "heatmap", each a run of the model. `explainer`: as `explainer()` gives it, which is also the
@@ -373,8 +374,9 @@ class Index:
     def compare(self, layers: Sequence[str] | None = None, k: int | None = None) -> pandas.DataFrame:
         """How far the criteria agree (CRP Fig. 12): similarity of their reference sets, per layer.
 
-        Columns: layer, one, other (as "relmax sum"), overlap |A & B| / k, jaccard |A & B| / |A | B|, both averaged over
-        concepts, and overlap_std. `k`: of the best k only.
+        Columns: layer, one, other (as "relmax sum"), overlap |A & B| / max(|A|, |B|), jaccard |A & B| / |A | B|, both
+        averaged over concepts, and overlap_std. `k`: of the best k only. Samples with a score of 0 or less do not
+        count, as they do not use the concept, and concepts without others are left out.
         """
         combos = [(c, a) for c in self.criteria for a in self.aggregates]
         pairs = [
@@ -385,12 +387,19 @@ class Index:
         ]
         rows = []
         for layer in layers or self.layers:
-            sets = {combo: self.references(layer, *combo).sample[:, : k or self.k] for combo in combos}
+            sets = {combo: self._used(self.references(layer, *combo), k or self.k) for combo in combos}
             for one, other in pairs:
                 overlap, jaccard = _similarity(sets[one], sets[other])
-                rows.append((layer, " ".join(one), " ".join(other), overlap.mean(), jaccard.mean(), overlap.std()))
+                figures = (overlap.mean(), jaccard.mean(), overlap.std()) if len(overlap) else (np.nan,) * 3
+                rows.append((layer, " ".join(one), " ".join(other), *figures))
         columns = ["layer", "one", "other", "overlap", "jaccard", "overlap_std"]
         return _pandas().DataFrame(rows, columns=columns)
+
+    @staticmethod
+    def _used(found: References, k: int) -> list[set[int]]:
+        """For each concept the samples among its best k that have a positive score."""
+        rows = zip(found.sample[:, :k], found.score[:, :k], strict=True)
+        return [set(sample[score > 0].tolist()) for sample, score in rows]
 
     # --- small things -------------------------------------------------------------------------------------------------
 
@@ -454,14 +463,11 @@ class Index:
             raise QuestionError(f"layer {layer} has no channel {channel}", hint=f"0 to {count - 1}")
 
 
-def _similarity(one: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of sets [C, k] (-1: none): |A & B| over the larger one, and over the union, [C] each."""
-    overlap, jaccard = np.zeros(len(one)), np.zeros(len(one))
-    for at, (a, b) in enumerate(zip(one, other, strict=True)):
-        A, B = {*a.tolist()} - {-1}, {*b.tolist()} - {-1}
-        overlap[at] = len(A & B) / max(len(A), len(B), 1)
-        jaccard[at] = len(A & B) / max(len(A | B), 1)
-    return overlap, jaccard
+def _similarity(one: Sequence[set[int]], other: Sequence[set[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Of pairs of sets: |A & B| over the larger one, and over the union; pairs of empty sets left out."""
+    pairs = [(A, B) for A, B in zip(one, other, strict=True) if A or B]
+    overlap = np.array([len(A & B) / max(len(A), len(B)) for A, B in pairs])
+    return overlap, np.array([len(A & B) / len(A | B) for A, B in pairs])
 
 
 def _pandas() -> Any:

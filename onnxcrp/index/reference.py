@@ -116,6 +116,7 @@ class Views:
         if unknown := set(parts) - set(PARTS):
             raise QuestionError(f"part {min(unknown)!r} is unknown", hint=f"there are {', '.join(PARTS)}")
         frame = self.index.top(layer, channel, criterion, aggregate, cls=cls, k=k)
+        frame = frame[frame["score"] > 0]
         samples = [self.index.sample(number) for number in frame["sample"]]
         positions = [int(p) for p in frame["position"]]
         empty: list[np.ndarray | None] = [None] * len(samples)
@@ -137,7 +138,7 @@ class Views:
                 position=tuple(int(p) for p in self.index.unravel(layer, row["position"])),
                 x=sample.x,
                 picture=self._picture(sample),
-                signal=as_drawn(sample.x[0], self.layout) if sample.x.ndim < 4 else None,
+                signal=self._signal(sample),
                 field=field,
                 heatmap=heatmap,
                 center=center,
@@ -158,6 +159,12 @@ class Views:
         if sample.display is not None or sample.x.ndim != 4:
             return sample.display
         return self.index.preprocessing.to_display(sample.x)
+
+    def _signal(self, sample: Sample) -> np.ndarray | None:
+        """None for pictures, and for token ids, which are no curve."""
+        if sample.x.ndim > 3 or (sample.x.ndim == 2 and sample.x.dtype.kind in "iu"):
+            return None
+        return as_drawn(sample.x[0], self.layout)
 
     # --- receptive fields ---------------------------------------------------------------------------------------------
 

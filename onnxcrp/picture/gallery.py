@@ -19,7 +19,7 @@ NEAR, APART = 8, 30  # between tiles, between groups
 HEADING, CAPTION = 18, 14  # font sizes
 GUTTER = 86  # for the names of strips
 BAR_WIDTH = 160  # of a share of 100 %
-DIMMED = 0.22  # brightness outside a mask
+DIMMED = 0.3  # brightness outside a mask
 
 
 @dataclass(frozen=True)

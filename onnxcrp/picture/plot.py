@@ -39,7 +39,7 @@ def agreement(frame: pandas.DataFrame, path: str | os.PathLike[str]) -> Path:
         axes.fill_between(range(len(layers)), low.clip(0), high.clip(upper=1), color=line.get_color(), alpha=0.12, lw=0)
     axes.set_xticks(range(len(layers)), layers, rotation=45, ha="right", fontsize=8)
     axes.set_ylim(0, 1.02)
-    axes.set_ylabel("same reference samples, |A & B| / k")
+    axes.set_ylabel("same reference samples, |A & B| / max(|A|, |B|)")
     axes.grid(axis="y", color="0.9")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=9)

@@ -50,7 +50,7 @@ SAID = 5  # skipped samples that are named
               help="Classes per concept whose reference samples are kept in full.")  # fmt: skip
 @click.option("--output", metavar="NAME", help="The model output to explain.  [default: the first one]")
 @options.preprocess
-@click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Samples of one run.")
+@click.option("--batch-size", type=click.IntRange(1), help="Samples of one run.  [default: what build() takes]")
 @click.option("--workers", type=click.IntRange(1), help="Threads that decode samples.  [default: the cores, at most 8]")
 @options.provider
 @click.option("--threads", type=click.IntRange(1), help="Threads of one run.  [default: all cores]")
@@ -85,16 +85,22 @@ def command(
 
     if engine == "local":
         options.refuse_idle(ctx, "address", "actors", without="--engine ray")
-    index = build(
-        model,
-        list(data),
-        out,
-        layers=list(layers) or None,
-        providers=list(providers) or None,
-        engine=engine,
-        progress=not quiet and sys.stderr.isatty(),
-        **settings,
-    )
+    if settings["batch_size"] is None:
+        del settings["batch_size"]
+    try:
+        index = build(
+            model,
+            list(data),
+            out,
+            layers=list(layers) or None,
+            providers=list(providers) or None,
+            engine=engine,
+            progress=not quiet and sys.stderr.isatty(),
+            **settings,
+        )
+    except KeyboardInterrupt:
+        click.echo("interrupted: the same command goes on from what was written last", err=True)
+        ctx.exit(130)
     if as_json:
         write_json(summary(index.manifest))
     if not quiet:

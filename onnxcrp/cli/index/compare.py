@@ -24,7 +24,8 @@ from onnxcrp.cli.output import columns, heading, write_json, wrote
 @options.quiet
 def command(index: str, layers: tuple[str, ...], k: int | None, out: str | None, as_json: bool, quiet: bool) -> None:
     """How many reference samples the criteria of INDEX share: sum and max, RelMax and ActMax, the mean over the
-    concepts of each layer (CRP Fig. 12). overlap is |A & B| / k, jaccard |A & B| / |A | B|.
+    concepts of each layer (CRP Fig. 12). overlap is |A & B| / max(|A|, |B|), jaccard |A & B| / |A | B|; samples without
+    a positive score do not count. Choose --k well below the number of samples that use a concept.
     """
     from onnxcrp.errors import QuestionError
     from onnxcrp.index import Index
@@ -36,7 +37,7 @@ def command(index: str, layers: tuple[str, ...], k: int | None, out: str | None,
     if not len(frame):
         raise QuestionError(f"{index} has one criterion", hint="build with both of --criteria or of --aggregate")
     if as_json:
-        write_json(frame.to_dict("records"))
+        write_json(frame.astype(object).where(frame.notna(), None).to_dict("records"))
     else:
         heading("Same reference samples")
         rows = [
