@@ -5,6 +5,7 @@
   model's own transposes; what biases, stabilizer and padding keep is itemised, cancellation at signed Adds reported;
 - conditional sums: over a partition of a layer's concepts the conditional relevances add up;
 - float64 (on request): the relevance model evaluated in double gives the same relevance;
+- against (on request): the difference to the relevance of the float model that a quantized one was made of;
 - spread bias (on request): what biases keep is given back to the layers' inputs, so that the sum is conserved.
 
 A check that does not apply says why; a tolerance says where it comes from.
@@ -32,12 +33,13 @@ from onnxcrp.analysis.balance import (
     relative,
     spread,
 )
-from onnxcrp.errors import InputError, QuestionError, UnsupportedError
+from onnxcrp.errors import InputError, ModelError, QuestionError, UnsupportedError
 
 if TYPE_CHECKING:
     import onnx
     import onnx_graphsurgeon as gs
 
+    from onnxcrp.analysis.against import Comparison
     from onnxcrp.canonize import Canonical
     from onnxcrp.explainer import Explainer
     from onnxcrp.facts import Facts
@@ -111,6 +113,7 @@ class Report:
     checks: list[Check] = field(default_factory=list)
     flows: list[Flow] = field(default_factory=list)
     spread: dict[str, np.ndarray] = field(default_factory=dict)
+    comparison: Comparison | None = None
 
     @property
     def ok(self) -> bool:
@@ -132,6 +135,13 @@ class Report:
             "checks": [_plain(vars(check)) for check in self.checks],
             "losses": _plain(self.losses),
             "layers": [_plain({**vars(flow), "ok": flow.ok}) for flow in self.flows],
+            "against": None
+            if self.comparison is None
+            else {
+                "model": self.comparison.model,
+                "differences": [_plain(vars(each)) for each in self.comparison.differences],
+                "no_counterpart": self.comparison.only_here,
+            },
             "spread": {name: _plain(float(R.sum())) for name, R in self.spread.items()},
         }
 
@@ -160,6 +170,13 @@ class Report:
                 for flow in self.flows
             ]
             tables.append(Table("Conservation", columns, rows))
+        if self.comparison is not None:
+            columns = ["layer", "op", "relative L2", "cosine", "sum", "sum, float"]
+            rows = [
+                [d.layer, d.op, *map(_number, (d.relative_l2, d.cosine, d.total, d.total_float))]
+                for d in self.comparison.differences
+            ]
+            tables.append(Table(f"Relevance against {self.comparison.model or 'the float model'}", columns, rows))
         return tables
 
 
@@ -191,6 +208,9 @@ def verify(
     parts: int = 4,
     float64: bool = False,
     spread_bias: bool = False,
+    against: Any = None,
+    against_feeds: Mapping[str, np.ndarray] | None = None,
+    against_options: Mapping[str, Any] | None = None,
     providers: Any = None,
     backend: str = "auto",
     canonical: Canonical | None = None,
@@ -201,7 +221,9 @@ def verify(
 
     `layer`: whose concepts are parted into `parts` for the conditional sums (None: the last convolution, else dense
     layer, below the one that makes the explained output, with relevance at several concepts). `float64` compares with a
-    run in double, `spread_bias` also gives back what biases keep.
+    run in double, `spread_bias` also gives back what biases keep. `against`: the float model of a quantized one, a path
+    or Canonical, whose relevance is compared; `against_feeds` is the sample as it wants it (None: the same arrays),
+    `against_options` what its Explainer gets in place of `options`.
     `canonical`: the canonical form of `model`, where it is made already. `options` go to the Explainer (preprocessing,
     low, high); `progress` is told what is being done.
     Raises what Explainer and explain raise for a model or question that cannot be explained.
@@ -242,6 +264,20 @@ def verify(
     report.checks += check_parts(
         explainer, feeds, question.target, layer=layer, parts=parts, concepts=question.concepts
     )
+
+    if against is not None:
+        progress("against the float model")
+        from onnxcrp.analysis.against import compare, fitting
+
+        theirs = against if isinstance(against, Canonical) else canonize(against)
+        same = output if output in {tensor.name for tensor in theirs.graph.outputs} else None
+        more = {**options, **(against_options or {}), "providers": providers, "keep_head": keep_head}
+        other = Explainer(theirs, composite, output=same, **more)
+        given = fitting(feeds, other) if against_feeds is None else against_feeds
+        where = "" if isinstance(against, Canonical) or hasattr(against, "graph") else str(against)
+        report.comparison = found = compare(explainer, feeds, question.target, other, given, name=where)
+        report.checks.append(Check("against float", None, found.detail, found.input.relative_l2))
+        del other
 
     del explainer  # and its relevance models, before others are made
     if float64:
@@ -320,7 +356,11 @@ def check_outputs(
     name = "canonical outputs"
     if original is None:
         return Check(name, None, "the original model is not known: a canonical one was given")
-    sessions = [Session(model, providers, optimize=not quantized) for model in (original, canonical)]
+    after_all = Session(canonical, providers, optimize=not quantized)
+    try:
+        sessions = [Session(original, providers, optimize=not quantized), after_all]
+    except ModelError as error:  # bfloat16 on a CPU
+        return Check(name, None, f"not applied: {error.message}")
     worst, largest, steps, changed, where = 0.0, 0.0, 0.0, 0, ""
     for given in (feeds, _noise(feeds)):
         before, after = (session.run(dict(given)) for session in sessions)

@@ -14,6 +14,7 @@ import onnx_graphsurgeon as gs
 from onnxcrp.canonize.activations import fuse_activations
 from onnxcrp.canonize.batch import free_batch as free
 from onnxcrp.canonize.batchnorm import fold_batchnorm
+from onnxcrp.canonize.bfloat16 import widen_bfloat16
 from onnxcrp.canonize.constants import fold_constants
 from onnxcrp.canonize.contrib import expand_composites
 from onnxcrp.canonize.control import inline_control_flow
@@ -73,7 +74,7 @@ def canonize(model: str | os.PathLike | onnx.ModelProto, *, free_batch: bool = T
     discover()
     source = read(model)
     graph = source.graph
-    reports = [source.report]
+    reports = [source.report, widen_bfloat16(graph)]
     infer_shapes(graph)
     reports.append(rewrite_kernels(graph))
     reports.append(fold_constants(graph, batch_unknown=free_batch))

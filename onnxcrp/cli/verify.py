@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from onnxcrp.cli import options
@@ -15,6 +17,7 @@ SILENT = ("pass", "rearrangement")  # rules of layers that lose nothing
     cls=options.Command,
     examples=[
         "onnxcrp verify fixtures/shapes/net.onnx fixtures/shapes/sample.png",
+        "onnxcrp verify fixtures/int8/net.onnx fixtures/int8/sample.png --against fixtures/shapes/net.onnx",
         "onnxcrp verify fixtures/ecg/net.onnx fixtures/ecg/sample.csv --composite epsilon --float64 --json",
     ],
 )
@@ -30,6 +33,12 @@ SILENT = ("pass", "rearrangement")  # rules of layers that lose nothing
     help="Whose concepts are parted for the conditional sums. Default: the last convolution.",
 )
 @click.option("--parts", type=click.IntRange(2), default=4, show_default=True, help="Into how many parts.")
+@click.option(
+    "--against",
+    metavar="FLOAT.onnx",
+    type=click.Path(),
+    help="Also compare relevance with that of the float model which MODEL was made of.",
+)
 @click.option("--float64", is_flag=True, help="Also compare with a run in double precision.")
 @click.option("--spread-bias", is_flag=True, help="Also give what biases absorb back to the inputs.")
 @click.option("-o", "--out", type=click.Path(dir_okay=False), help="Write the relevance with spread biases, an .npz.")
@@ -49,6 +58,7 @@ def command(
     target: str,
     layer: str | None,
     parts: int,
+    against: str | None,
     float64: bool,
     spread_bias: bool,
     out: str | None,
@@ -78,6 +88,19 @@ def command(
         canonical = canonize(model)
         preprocessing = preprocessing_of(canonical, preprocess, model)
         asked = ClassNames(preprocessing.labels, preprocessing.label_offset).target(target)
+        compared: dict[str, Any] = {}
+        if against is not None:
+            step("canonizing the float model")
+            float_model = canonize(against)
+            theirs = preprocessing_of(float_model, None, against)
+            if not theirs.known:  # nothing lies beside it: what holds for one holds for the other
+                known = preprocess or (preprocessing.source if preprocessing.known else None)
+                theirs = preprocessing_of(float_model, known, against)
+            compared = {
+                "against": float_model,
+                "against_feeds": one_sample(sample, theirs, float_model),
+                "against_options": {"preprocessing": theirs},
+            }
         report = verify(
             model,
             one_sample(sample, preprocessing, canonical),
@@ -93,7 +116,10 @@ def command(
             progress=step,
             preprocessing=preprocessing,
             canonical=canonical,
+            **compared,
         )
+        if report.comparison is not None:
+            report.comparison.model = str(against)
     if out:
         from onnxcrp.analysis.explanation import save_arrays
 
