@@ -40,13 +40,13 @@ class _Writer:
         W = self.weight(f"{name}.weight", out, inputs, scale=(2 / inputs) ** 0.5)
         return self.node("Gemm", name, x, W, self.weight(f"{name}.bias", out, scale=0.05), transB=1)
 
-    def model(self, logits: str) -> onnx.ModelProto:
+    def model(self, logits: str, *, side: int = 224, classes: int = 1000) -> onnx.ModelProto:
         self.nodes.append(helper.make_node("Identity", [logits], ["logits"], name="logits"))
         graph = helper.make_graph(
             self.nodes,
             "net",
-            [helper.make_tensor_value_info("input", TensorProto.FLOAT, ["batch", 3, 224, 224])],
-            [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 1000])],
+            [helper.make_tensor_value_info("input", TensorProto.FLOAT, ["batch", 3, side, side])],
+            [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", classes])],
             self.weights,
         )
         return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
@@ -85,6 +85,15 @@ def resnet50() -> onnx.ModelProto:
             channels = 4 * width
     x = net.node("Flatten", "flatten", net.node("GlobalAveragePool", "avgpool", x))
     return net.model(net.dense("fc", x, 2048, 1000))
+
+
+def tower(depth: int, channels: int, side: int) -> onnx.ModelProto:
+    """`depth` convolutions of 3 x 3 with ReLU, mean, one dense layer, [B, 3, side, side] -> [B, 10]."""
+    net, x, before = _Writer(), "input", 3
+    for number in range(1, depth + 1):
+        x, before = net.conv(f"conv{number}", x, before, channels, 3), channels
+    x = net.node("Flatten", "flatten", net.node("GlobalAveragePool", "mean", x))
+    return net.model(net.dense("fc", x, channels, 10), side=side, classes=10)
 
 
 NETS = {"resnet50": resnet50, "vgg16": vgg16}

@@ -4,8 +4,9 @@
     factors    what is the same for all questions: activations -> denominators, a / z, masks of positive entries
     messages   what depends on target, masks and seeds: these, activations and factors -> relevance
 
-Nodes are those of the one relevance model, each in the earliest stage that has all it reads; onnxruntime optimises the
-stages as it does the whole, so that answers agree to rounding and mostly bit by bit.
+Nodes are those of the one relevance model, each in the earliest stage that has all it reads; what follows from weights
+alone is in every stage that reads it, where the runtime folds it. onnxruntime optimises the stages as it does the
+whole, so that answers agree to rounding and mostly bit by bit.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ class Split:
     """The three stages of a relevance model."""
 
     model: onnx.ModelProto
+    constant: tuple[onnx.NodeProto, ...]  # follow from weights alone
     forward: Stage
     factors: Stage
     messages: Stage
@@ -52,10 +54,16 @@ def split(model: onnx.ModelProto, questions: Iterable[str]) -> Split:
     from onnxcrp.canonize.load import names_read
 
     asked = set(questions)
+    known = {tensor.name for tensor in model.graph.initializer} - asked
     backward: set[str] = set()
+    fixed: list[onnx.NodeProto] = []
     parts: dict[str, list[onnx.NodeProto]] = {"forward": [], "factors": [], "messages": []}
     for node in model.graph.node:
-        inputs = set(names_read(node))
+        inputs = {name for name in names_read(node) if name}
+        if node.name.startswith(BACKWARD) and inputs <= known:
+            fixed.append(node)
+            known.update(node.output)
+            continue
         if inputs & asked:
             part, made = "messages", asked
         elif inputs & backward or node.name.startswith(BACKWARD):
@@ -64,15 +72,14 @@ def split(model: onnx.ModelProto, questions: Iterable[str]) -> Split:
             part, made = "forward", set()
         parts[part].append(node)
         made.update(name for name in node.output if name)
-    constants = {tensor.name for tensor in model.graph.initializer} - set(questions)
 
     def stage(nodes: list[onnx.NodeProto]) -> Stage:
         made = {name for node in nodes for name in node.output}
         inner = {name for node in nodes for name in _inside(node)}
         read = dict.fromkeys(name for node in nodes for name in names_read(node) if name)
-        return Stage(tuple(nodes), tuple(name for name in read if name not in made | constants | inner))
+        return Stage(tuple(nodes), tuple(name for name in read if name not in made | known | inner))
 
-    return Split(model, *(stage(nodes) for nodes in parts.values()))
+    return Split(model, tuple(fixed), *(stage(nodes) for nodes in parts.values()))
 
 
 def _inside(node: onnx.NodeProto) -> Iterable[str]:
@@ -91,7 +98,7 @@ def part(split: Split, stage: Stage, outputs: Sequence[str], ports: Ports) -> on
     from onnxcrp.canonize.load import names_read
 
     source = split.model
-    nodes = _needed(stage.nodes, outputs)
+    nodes = _needed([*split.constant, *stage.nodes], outputs)
     wanted = {name for node in nodes for name in names_read(node)}
     declared = {port.name: port for port in source.graph.input}
     inputs = []

@@ -74,11 +74,14 @@ def test_every_node_has_one_stage(name):
     names = json.loads(next(entry.value for entry in model.metadata_props if entry.key == "onnxcrp.map"))
     asking = {names["target"], *names["masks"].values()}
     stages = split(model, asking)
-    parts = [stages.forward, stages.factors, stages.messages]
-    assert sorted(node.name for part in parts for node in part.nodes) == sorted(node.name for node in model.graph.node)
-    depends, backward = set(asking), set()
+    every = [*stages.constant, *stages.forward.nodes, *stages.factors.nodes, *stages.messages.nodes]
+    assert sorted(node.name for node in every) == sorted(node.name for node in model.graph.node)
+    depends, backward, weights = set(asking), set(), {tensor.name for tensor in model.graph.initializer}
     for node in model.graph.node:  # by hand: what depends on the question, what comes after the walk's own nodes
-        reads = set(names_read(node))
+        reads = {read for read in names_read(node) if read}
+        if node.name.startswith("R/") and reads <= weights:
+            weights.update(node.output)
+            continue
         if reads & depends:
             depends.update(node.output)
         if reads & backward or node.name.startswith("R/"):
