@@ -14,7 +14,8 @@ from onnxcrp.index import store
 from onnxcrp.index.state import State
 
 if TYPE_CHECKING:
-    from onnxcrp.index.builder import Block, Meter, Recipe, Work
+    from onnxcrp.index.builder import Meter
+    from onnxcrp.index.work import Block, Recipe, Work
 
 SHARE = 8  # tasks per actor, so that a slow one holds nobody up
 DEATHS = 3  # of actors per one that was asked for, before the build gives up
@@ -24,7 +25,8 @@ class Worker:
     """What an actor does: blocks into a state of its own, each task written as a part before it counts as done."""
 
     def __init__(self, recipe: Recipe, served: dict[str, dict[int, Any]] | None, parts: str, question: Any) -> None:
-        from onnxcrp.index.builder import Keeper, Work
+        from onnxcrp.index.builder import Keeper
+        from onnxcrp.index.work import Work
 
         self.work = Work(recipe)
         if self.work.question != question:

@@ -7,8 +7,10 @@ device. Score of concept c, with T its sum or maximum of relevance or activation
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 CRITERIA = {"relmax": "relevance", "actmax": "activation"}
 AGGREGATES = ("sum", "max")
 LINEAR = ("convolution", "dense")
+STREAMS = 4  # runs at once on a CPU, at most: each needs memory for a batch
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,8 @@ class Reducer:
         threads: int | None = None,
     ) -> None:
         from onnxcrp.backward import compile
-        from onnxcrp.session import Session
+        from onnxcrp.session import CPU, Session
+        from onnxcrp.session import providers as chosen
 
         self.explainer, self.layers, self.normalize = explainer, list(layers), normalize
         self.criteria, self.aggregate, self.batch_size = tuple(criteria), tuple(aggregate), batch_size
@@ -133,23 +137,26 @@ class Reducer:
         self.target_input: str = names["target"]
         if target == "predicted":
             _predict_inside(relevance, self.target_input, self.explained)
-        self.session = Session(relevance, providers, threads=threads)
+        self.streams, each = streams(threads) if chosen(providers)[0][0] == CPU else (1, threads)
+        self.session = Session(relevance, providers, threads=each)
         self.forward = None
         if self.most > 1 and target != "all":
-            self.forward = Session(compile(explainer.canonical, explainer.composite, **options), providers)
+            plain = compile(explainer.canonical, explainer.composite, **options)
+            self.forward = Session(plain, providers, threads=threads)
 
-    def __call__(self, samples: np.ndarray, x: np.ndarray, labels: np.ndarray) -> Iterator[Scores]:
-        """Scores of samples [B] with inputs x [B, ...] and labels [B]; one or more runs."""
+    def runs(self, samples: np.ndarray, x: np.ndarray, labels: np.ndarray) -> Iterator[Callable[[], Scores]]:
+        """Scores of samples [B] with inputs x [B, ...] and labels [B]: the runs that find them, for any thread."""
         step = self.fixed or len(x)
         for at in range(0, len(x), step):
             part = slice(at, at + step)
-            yield from self._run(samples[part], x[part], labels[part])
+            if self.most == 1:
+                targets = None if self.target == "predicted" else labels[part]
+                yield partial(self._run, samples[part], x[part], targets)
+            else:
+                yield from self._runs_of_several(samples[part], x[part])
 
-    def _run(self, samples: np.ndarray, x: np.ndarray, labels: np.ndarray) -> Iterator[Scores]:
-        if self.most == 1:
-            targets = None if self.target == "predicted" else labels
-            yield self._scores(samples, targets, self._ask(x, targets), first=True)
-            return
+    def _runs_of_several(self, samples: np.ndarray, x: np.ndarray) -> Iterator[Callable[[], Scores]]:
+        """Runs over several targets of each sample."""
         if self.target == "all":
             chosen = np.broadcast_to(np.arange(self.classes), (len(x), self.classes))
         else:
@@ -161,17 +168,20 @@ class Reducer:
             explained = self.forward.run(feeds, [self.explained])[self.explained][: len(x)]
             chosen = np.argsort(-explained, axis=1, kind="stable")[:, : self.most]
         for row in range(len(x)):
+            sample, one = samples[row : row + 1], x[row : row + 1]
             for at in range(0, self.most, self.batch_size):
                 targets = chosen[row, at : at + self.batch_size]
                 if self.shares_forward and not self.fixed:
-                    found = self._ask(x[row : row + 1], targets)
-                    yield self._scores(samples[row : row + 1], targets, found, first=at == 0)
+                    yield partial(self._run, sample, one, targets, first=at == 0)
                     continue
                 width = self.fixed or len(targets)
                 for start in range(0, len(targets), width):
                     part = targets[start : start + width]
-                    found = self._ask(np.repeat(x[row : row + 1], len(part), axis=0), part)
-                    yield self._scores(samples[row : row + 1], part, found, first=at + start == 0)
+                    several = np.repeat(one, len(part), axis=0)
+                    yield partial(self._run, sample, several, part, first=at + start == 0)
+
+    def _run(self, samples: np.ndarray, x: np.ndarray, targets: np.ndarray | None, *, first: bool = True) -> Scores:
+        return self._scores(samples, targets, self._ask(x, targets), first=first)
 
     def _filled(self, x: np.ndarray) -> np.ndarray:
         """The last sample repeated up to a fixed batch."""
@@ -235,6 +245,16 @@ def _without(rows: Rows, bad: Mapping[int, str]) -> Rows:
     kept = ~np.isin(rows.sample, list(bad))
     score = {how: each[kept] for how, each in rows.score.items()}
     return Rows(score, rows.position[kept], rows.sample[kept], rows.target[kept])
+
+
+def streams(threads: int | None) -> tuple[int, int]:
+    """How many runs at once on so many threads of a CPU (None: its cores), and threads of each.
+
+    Two runs on one thread each keep both busy, where two threads of one run wait for each other at every node.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    most = threads or cores
+    return min(most, STREAMS), max(1, most // STREAMS)
 
 
 def class_count(explainer: Explainer) -> int:
