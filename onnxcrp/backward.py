@@ -125,6 +125,9 @@ def assign(facts: Facts, composite: Composite, nodes: Iterable[gs.Node]) -> dict
     Errors: UnsupportedError naming all operators without a transpose; CompositeError naming all nodes no line fits.
     """
     nodes = list(nodes)
+    hindered = [f"{node.op} ({facts.names.of(node)}): {why}" for node in nodes if (why := facts.obstacle(node))]
+    if hindered:
+        raise UnsupportedError(f"no relevance can be sent through {'; '.join(hindered)}")
     rules: dict[str, tuple[str, dict[str, Any]]] = {}
     unmatched = []
     unknown: dict[str, list[str]] = {}  # operator -> nodes
@@ -420,7 +423,9 @@ class _Writer:
                 back = R if unchanged else RULES[rule](layer, R, **parameters)
             parts = back if isinstance(back, Parts) else [back]
             if len(parts) != len(data):
-                raise UnsupportedError(f"{node.name} ({node.op}): {len(data)} data inputs, {len(parts)} messages")
+                raise UnsupportedError(
+                    f"{node.name} ({node.op}): {len(data)} of its inputs carry relevance, messages go to {len(parts)}"
+                )
             for i, part in zip(data, parts, strict=True):
                 source = node.inputs[i]
                 if part.is_zero or source.name not in reach:

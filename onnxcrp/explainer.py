@@ -151,7 +151,8 @@ class Explainer:
         for node in facts.nodes:
             if not facts.carries(node) or node.outputs[0].name not in below:
                 continue
-            family = facts.family(node) if node.op in OPS else "unsupported"
+            hindered = node.op not in OPS or facts.obstacle(node) is not None
+            family = "unsupported" if hindered else facts.family(node)
             rule, parameters = self._rule(node, family)
             layer = self._models.layer(facts.names.of(node))
             channels = layer.shape[layer.axis] if layer.axis < len(layer.shape) else None

@@ -30,10 +30,10 @@ _PREPROCESSING = frozenset(
 
 # Ops of which only the first input is content; the others are shapes, positions and bounds.
 _CONTENT = frozenset(
-    """Reshape Expand Slice Resize Tile Clip Unsqueeze Squeeze Pad Pow Mod CastLike CumSum TopK Trilu Compress MaxUnpool
+    """Reshape Expand Slice Resize Tile Clip Unsqueeze Squeeze Pad Mod CastLike CumSum TopK Trilu Compress MaxUnpool
     ReverseSequence GatherElements GatherND GridSample DFT""".split()  # noqa: SIM905
 )
-_FIRST_ONLY = frozenset(["TopK", "MaxPool", "DynamicQuantizeLinear"])  # the others are positions, scales
+_FIRST_ONLY = frozenset(["TopK", "MaxPool", "Dropout", "DynamicQuantizeLinear"])  # the others are positions, scales
 _ALONG_AN_AXIS = frozenset(
     """Concat Split Gather Softmax LogSoftmax TopK GatherElements ScatterElements Compress LpNormalization""".split()  # noqa: SIM905
 )
@@ -490,8 +490,23 @@ class Facts:
         return [
             node
             for node in self.nodes
-            if any(t.name in tensors for t in node.outputs) and self.carries(node) and node.op not in OPS
+            if any(t.name in tensors for t in node.outputs)
+            and self.carries(node)
+            and (node.op not in OPS or self.obstacle(node) is not None)
         ]
+
+    def obstacle(self, node: gs.Node) -> str | None:
+        """Why no message can be sent through a node whose operator has a transpose."""
+        about = OPS.get(node.op)
+        if about is None:
+            return None
+        if about.weighted and not isinstance(node.inputs[1], gs.Constant):
+            return "its weights are computed while running"
+        if node.op.startswith("Reduce") and self._breaks_batch(node) == "reduces axis 0":
+            batches = {dims(t)[0] for t in self.graph.inputs if t.shape and not isinstance(t.shape[0], int)} - {None}
+            if dims(node.inputs[0])[0] in batches:
+                return "it joins the samples of a batch"
+        return None
 
 
 def _per_channel(array: np.ndarray) -> bool:

@@ -639,3 +639,64 @@ def test_versions_are_converted_or_refused() -> None:
 def test_required_seeds_are_no_initializers() -> None:
     model = compile_model(residual(), "epsilon", start=["b"], masks="required")
     assert not {"seed.b"} & {tensor.name for tensor in model.graph.initializer}
+
+
+@pytest.mark.parametrize(
+    ("body", "why"),
+    [
+        (
+            "m = ReduceMean <keepdims = 1> (x, first) y = Sub (x, m)",
+            r"ReduceMean \(m\): it joins the samples of a batch",
+        ),
+        ("m = ReduceMean <keepdims = 1> (x, places) k = Reshape (m, square) y = Conv (x, k)", "joins the samples"),
+        ("s = Sigmoid (x) y = Pow (s, x)", r"y \(Pow\): 2 of its inputs carry relevance"),
+        ("s = Sigmoid (x) y = PRelu (x, s)", r"y \(PRelu\): 2 of its inputs carry relevance"),
+    ],
+)
+def test_what_no_message_can_go_through(body: str, why: str) -> None:
+    model = parsed(
+        f"net (float[batch, 2, 4, 4] x) => (float[batch, 2, 4, 4] y) {{ {body} }}",
+        first=np.array([0]), places=np.array([0, 2, 3]), square=np.array([2, 1, 1, 1]),
+    )  # fmt: skip
+    for node in model.graph.node:
+        node.name = node.output[0]
+    with pytest.raises(UnsupportedError, match=why):
+        compile_model(model, "epsilon")
+
+
+def test_weights_that_are_computed_are_named() -> None:
+    text = "net (float[batch, 2, 4, 4] x, float[3, 2, 1, 1] k) => (float[batch, 3, 4, 4] y) { y = Conv (x, k) }"
+    with pytest.raises(UnsupportedError, match="weights are computed while running"):
+        compile_model(parsed(text), "epsilon")
+
+
+def test_a_varying_exponent_carries_relevance_and_positions_do_not() -> None:
+    """2^x is an activation of x; the Indices of a MaxPool are positions, whatever is made of them."""
+    text = "net (float[batch, 2, 4, 4] x) => (float[batch, 2, 4, 4] y) { p = Pow (two, x) y = Add (p, x) }"
+    x, R = normal(1, 2, 4, 4), normal(1, 2, 4, 4)
+    one = dataclasses.replace(load("epsilon"), seed="one")
+    found = ask(compile_model(parsed(text, two=np.float32(2)), one), {"x": x, "target": R})["relevance.x"]
+    z = 2 ** x.astype(float) + x
+    near(found, R * z / stab(z))  # both summands' shares come back to x
+    gradient = ask(compile_model(parsed(text, two=np.float32(2)), "gradient"), {"x": x, "target": R})["relevance.x"]
+    near(gradient, R * (1 + np.log(2) * 2 ** x.astype(float)))
+
+    text = """net (float[batch, 2, 4, 4] x) => (float[batch, 2, 2, 2] y) {
+        v, i = MaxPool <kernel_shape = [2, 2], strides = [2, 2]> (x)  c = Cast <to = 1> (i)  y = Add (v, c) }"""
+    found = ask(compile_model(parsed(text), one), {"x": np.abs(x), "target": np.abs(R[:, :, :2, :2])})
+    best = np.abs(x).reshape(1, 2, 2, 2, 2, 2).transpose(0, 1, 2, 4, 3, 5).reshape(1, 2, 2, 2, 4).max(-1)
+    share = np.abs(R[:, :, :2, :2]) * best / found["y"]
+    near(found["relevance.x"].sum((2, 3)), share.sum((2, 3)))
+
+
+def test_a_mean_over_an_axis_0_that_is_no_batch() -> None:
+    """Time first, as recurrent nets have it: every step gets its share, and the gradient is there in full."""
+    text = """net (float[batch, 3, 4] x) => (float[batch, 4] y) {
+        t = Transpose <perm = [1, 0, 2]> (x)  s = Sigmoid (t)  y = ReduceMean <keepdims = 0> (s, first) }"""
+    x, R = normal(2, 3, 4), normal(2, 4)
+    sigmoid = 1 / (1 + np.exp(-x.astype(float)))
+    model = parsed(text, first=np.array([0]))
+    found = ask(compile_model(model, "gradient"), {"x": x, "target": R})["relevance.x"]
+    near(found, R[:, None] / 3 * sigmoid * (1 - sigmoid))
+    found = ask(compile_model(model, dataclasses.replace(load("epsilon"), seed="one")), {"x": x, "target": R})
+    near(found["relevance.x"], R[:, None] * sigmoid / sigmoid.sum(1, keepdims=True))

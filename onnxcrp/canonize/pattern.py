@@ -75,8 +75,8 @@ def constant(tensor: gs.Tensor) -> np.ndarray | None:
     if isinstance(tensor, gs.Constant):
         return tensor.values
     if len(tensor.inputs) == 1 and tensor.inputs[0].op == "Constant":
-        value = next(iter(tensor.inputs[0].attrs.values()))
-        return value.values if isinstance(value, gs.Constant) else np.asarray(value)
+        value = next(iter(tensor.inputs[0].attrs.values()), None)  # a function's attribute that was left out
+        return value.values if isinstance(value, gs.Constant) else None if value is None else np.asarray(value)
     return None
 
 

@@ -177,7 +177,9 @@ def abs_(op: Graph, node: Node, x: Value, y: Value) -> Value:
 
 @activation("Pow", sign=KEEPS)
 def power(op: Graph, node: Node, x: Value, y: Value) -> Value:
-    """p x^(p - 1)."""
+    """p x^(p - 1); y log(base) where the exponent is what varies."""
+    if node.data == [1]:
+        return y * op.Log(node.input(0))
     p = node.input(1)
     return p * op.Pow(x, p - 1.0)
 

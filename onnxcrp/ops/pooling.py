@@ -162,19 +162,25 @@ def _number(op: Graph, node: Node) -> Value:
 
 
 def _reduce_ones(op: Graph, node: Node) -> Ones:
-    return Ones(_number(op, node), lambda s: node.like(_kept(op, node, s)))
+    return Ones(_number(op, node), lambda s: _to_all(op, node, s))
+
+
+def _to_all(op: Graph, node: Node, s: Value) -> Value:
+    """s to every entry that was reduced; axis 0 among them is no batch, so it is there in full."""
+    kept = _kept(op, node, s)
+    return op.Expand(kept, op.shape(node.input(0))) if 0 in _axes(node) else node.like(kept)
 
 
 @transpose("GlobalAveragePool", "ReduceMean", family="average", sign=KEEPS, forward=_again, ones=_reduce_ones)
 def mean(op: Graph, node: Node, s: Value) -> Value:
     """s over the number of entries, to every entry."""
-    return node.like(_kept(op, node, s / _number(op, node)))
+    return _to_all(op, node, s / _number(op, node))
 
 
 @transpose("ReduceSum", family="average", sign=KEEPS, forward=_again, ones=_reduce_ones)
 def reduce_sum(op: Graph, node: Node, s: Value) -> Value:
     """s to every entry of the sum."""
-    return node.like(_kept(op, node, s))
+    return _to_all(op, node, s)
 
 
 def _length(op: Graph, node: Node) -> Value:
