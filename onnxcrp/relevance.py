@@ -7,7 +7,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -230,15 +230,17 @@ class RelevanceModels:
 
     def _compile(self, plan: Plan, *, staged: bool) -> Program:
         session: Any
+        # batches of conditions vary from chunk to chunk
+        start = partial(self._start, plan_memory=not plan.conditions and not staged)
         if staged:
             model = self._write(plan)
             outputs = [port.name for port in model.graph.output]
             keep = [] if plan == self.everything else self._activations
-            session = Staged(split(model, _questions(model)), outputs, keep, self._start)
+            session = Staged(split(model, _questions(model)), outputs, keep, start)
             metadata = _metadata(model)
         elif self._cache is None:
             model = self._write(plan)
-            session, metadata = self._start(model), _metadata(model)
+            session, metadata = start(model), _metadata(model)
         else:
             from onnxcrp.session import CPU, providers
 
@@ -247,7 +249,7 @@ class RelevanceModels:
             key: dict[str, Any] = {"sha256": self.canonical.sha256, "composite": self._composite(plan).text}
             key |= {"plan": asdict(plan), "options": dict(self._compile_options), "providers": chosen}
             cpu = [name for name, _ in chosen] == [CPU]
-            session, metadata = self._cache.session(key, lambda: self._write(plan), self._start, cpu=cpu)
+            session, metadata = self._cache.session(key, lambda: self._write(plan), start, cpu=cpu)
         names = json.loads(metadata["onnxcrp.map"])
         relevance = {f"input/{name}": output for name, output in names["inputs"].items()}
         relevance |= {f"layer/{name}": output for name, output in names["relevance"].items()}
@@ -263,12 +265,13 @@ class RelevanceModels:
             size=int(metadata[SIZE]),
         )
 
-    def _start(self, model: Any, *, optimize: bool = True, optimized: Any = None) -> Session:
+    def _start(self, model: Any, *, optimize: bool = True, optimized: Any = None, plan_memory: bool = True) -> Session:
         """A session as the caller of this class wants them."""
         from onnxcrp.session import Session
 
         optimize = optimize and not self.is_quantized
-        return Session(model, optimize=optimize, optimized=optimized, **self._session_options)
+        options = self._session_options
+        return Session(model, optimize=optimize, optimized=optimized, plan_memory=plan_memory, **options)
 
     def _composite(self, plan: Plan) -> Composite:
         return self.composite if plan.seed == self.composite.seed else replace(self.composite, seed=plan.seed)

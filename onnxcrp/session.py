@@ -124,7 +124,8 @@ class Session:
     temporary folder with external data. `optimize=False` turns off onnxruntime's own graph optimisation, `threads`
     sets the threads per operator, `log_severity` 4 is silent: what goes wrong is raised, onnxruntime would print it
     once more. `profile`: a folder for onnxruntime's profile, which `end_profile` writes. `optimized`: a file that the
-    optimised graph is written to, to be loaded with `optimize=False` on the same kind of machine.
+    optimised graph is written to, to be loaded with `optimize=False` on the same kind of machine. `plan_memory=False`:
+    keep no layout of memory for each set of shapes that was run: hardly slower, half as large where batches vary.
     Raises ModelError for what onnxruntime cannot load, RuntimeMissingError without onnxruntime or for a provider
     asked for that cannot start.
     """
@@ -141,6 +142,7 @@ class Session:
         allow_tf32: bool = False,
         profile: str | os.PathLike[str] | None = None,
         optimized: str | os.PathLike[str] | None = None,
+        plan_memory: bool = True,
     ) -> None:
         ort = _onnxruntime()
         chosen = _providers(providers, allow_tf32=allow_tf32)
@@ -148,6 +150,7 @@ class Session:
         level = ort.GraphOptimizationLevel
         options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
         options.log_severity_level = log_severity
+        options.enable_mem_pattern = plan_memory
         if threads is not None:
             options.intra_op_num_threads = threads
         if profile is not None:
