@@ -58,7 +58,7 @@ def run(case: Case, exporter: str) -> Row:
         stage = "exports"
         with tempfile.TemporaryDirectory() as folder:
             path = export(model, feeds, exporter, Path(folder))
-            _loads(path)
+            _loads(path, feeds)
             row["exports"] = True
             stage = "explains"
             _explain(row, case, path, feeds)
@@ -76,14 +76,16 @@ def run(case: Case, exporter: str) -> Row:
     return row
 
 
-def _loads(path: Path) -> None:
-    """Whether onnxruntime accepts the file; an exporter may write operators that nobody knows."""
+def _loads(path: Path, feeds: dict[str, np.ndarray]) -> None:
+    """Whether onnxruntime accepts the file; exporters write operators that nobody knows, and constants as inputs."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 4
-    onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    if more := [port.name for port in session.get_inputs() if port.name not in feeds]:
+        raise ValueError(f"the exporter made inputs of constants: {', '.join(more)}")
 
 
 def _first_line(error: BaseException) -> str:

@@ -627,6 +627,18 @@ def _log_softmax(attrs: Attributes, x: np.ndarray) -> np.ndarray:
     return shifted - np.log(np.exp(shifted).sum(axes, keepdims=True))
 
 
+@kernel("AffineGrid")
+def _affine_grid(attrs: Attributes, theta: np.ndarray, size: np.ndarray) -> np.ndarray:
+    """theta [N, n, n + 1] applied to the positions of [N, C, h...] in -1..1, x before y: [N, h..., n]."""
+    if attrs.get("align_corners", 0):
+        axes = [np.linspace(-1, 1, int(d)) for d in size[2:]]
+    else:
+        axes = [(2 * np.arange(int(d)) + 1) / d - 1 for d in size[2:]]
+    places = np.meshgrid(*axes, indexing="ij")
+    whole = np.stack([*places[::-1], np.ones_like(places[0])], -1)
+    return np.einsum("...i,bji->b...j", whole, theta).astype(theta.dtype)
+
+
 @kernel("Hardmax")
 def _hardmax(attrs: Attributes, x: np.ndarray) -> np.ndarray:
     axes = _softmax_axes(attrs, x)

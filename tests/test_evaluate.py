@@ -681,3 +681,12 @@ def test_vgg_at_224_takes_seconds():
         expected = net.double()(x.double()).numpy()
     assert np.linalg.norm(ours - expected) < 1e-12 * np.linalg.norm(expected)
     assert seconds < 120  # and not hours; the machine may be busy
+
+
+@pytest.mark.parametrize("align", [0, 1])
+@pytest.mark.parametrize(("theta", "size"), [((2, 2, 3), [2, 3, 4, 5]), ((1, 3, 4), [1, 2, 3, 4, 2])])
+def test_affine_grid_as_onnxruntime(theta, size, align):
+    inputs, attrs = [draw(*theta), A(size)], {"align_corners": align}
+    close(
+        evaluate_node("AffineGrid", attrs, inputs, opset=20)[0], runtime("AffineGrid", inputs, attrs, opset=20)[0], 1e-5
+    )

@@ -33,6 +33,29 @@ def _own(name: str) -> Callable[[], Made]:
                 u = self.down1(x)
                 return self.last(torch.cat([u, self.up(self.down2(u))], 1))
 
+        class Spatial(nn.Module):
+            """A spatial transformer: where it looks is computed, and gets no relevance."""
+
+            def __init__(self) -> None:
+                super().__init__()
+                self.where = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 6), nn.Tanh())
+                self.what = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 14 * 14, 4))
+
+            def forward(self, x: Any) -> Any:
+                grid = nn.functional.affine_grid(self.where(x).reshape(-1, 2, 3), x.shape, align_corners=False)
+                return self.what(nn.functional.grid_sample(x, grid, align_corners=False))
+
+        class Picking(nn.Module):
+            """The strongest positions of a feature map, a running sum over them."""
+
+            def __init__(self) -> None:
+                super().__init__()
+                self.conv, self.head = nn.Conv1d(2, 6, 3), nn.Linear(6 * 5, 3)
+
+            def forward(self, x: Any) -> Any:
+                strongest = self.conv(x.transpose(1, 2)).relu().topk(5, dim=2).values
+                return self.head(strongest.cumsum(2).flatten(1))
+
         class Recurrent(nn.Module):
             def __init__(self, kind: type[nn.Module], words: int = 0) -> None:
                 super().__init__()
@@ -49,6 +72,8 @@ def _own(name: str) -> Callable[[], Made]:
             "unet (ConvTranspose)": (lambda: UNet("transpose"), {"input": images(32, 32)}),
             "unet (nearest)": (lambda: UNet("nearest"), {"input": images(32, 32)}),
             "unet (bilinear)": (lambda: UNet("bilinear"), {"input": images(32, 32)}),
+            "spatial transformer (GridSample)": (Spatial, {"input": images(16, 16)}),
+            "strongest positions (TopK, CumSum)": (Picking, {"input": signal}),
             "ECG LSTM": (lambda: Recurrent(nn.LSTM), {"input": signal}),
             "ECG GRU": (lambda: Recurrent(nn.GRU), {"input": signal}),
             "ECG RNN": (lambda: Recurrent(nn.RNN), {"input": signal}),
@@ -66,6 +91,8 @@ def rows() -> list[Case]:
         "unet (ConvTranspose)": True,
         "unet (nearest)": False,
         "unet (bilinear)": False,
+        "spatial transformer (GridSample)": False,
+        "strongest positions (TopK, CumSum)": False,
         "ECG LSTM": False,
         "ECG GRU": False,
         "ECG RNN": False,

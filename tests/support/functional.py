@@ -32,7 +32,7 @@ REARRANGE = set(
     narrow pad _pad zero_pad2d dropout dropout2d feature_dropout channel_shuffle pixel_shuffle pixel_unshuffle to
     type_as float double masked_fill masked_fill_ where detach t mT __get__ view_as reshape_as repeat_interleave
     max_pool1d max_pool2d max_pool3d boolean_dispatch amax max unfold tile flip select size dim numel
-    new_zeros new_ones new_full zeros_like ones_like""".split()  # noqa: SIM905
+    new_zeros new_ones new_full zeros_like ones_like affine_grid topk""".split()  # noqa: SIM905
 )
 PASS = set(
     """relu relu_ relu6 hardtanh hardtanh_ gelu silu silu_ hardswish hardswish_ hardsigmoid sigmoid tanh leaky_relu elu
@@ -203,6 +203,9 @@ class Watch(TorchFunctionMode):
             if not _carries(x):
                 raise NotImplementedError("a constant divided by a data path")
             return PassRule.apply(x.expand(torch.broadcast_shapes(x.shape, getattr(y, "shape", ()))), lambda x: x / y)
+        if name in ("grid_sample", "grid_sampler", "cumsum"):
+            rest = [a.detach() if isinstance(a, Tensor) else a for a in args[1:]]  # a position gets none
+            return Share.apply(lambda x: func(x, *rest, **kwargs), args[0])
         if name in AVERAGES:
             return Share.apply(lambda x: func(x, *args[1:], **kwargs), args[0])
         if name in CONVOLUTIONS or name == "linear":
