@@ -1,10 +1,11 @@
 """Canonical models and relevance models on disk, so that a second process starts in a fraction of the time.
 
-An entry is a folder named by the SHA-256 of all it depends on: the source model with its external data, the composite's
-full text, every compile option, this package's files, the versions of onnx, graphsurgeon, numpy and onnxruntime, and,
-where onnxruntime's optimised graph is stored, the processor. It is written under a temporary name and renamed, so other
-processes see all of it or nothing. An entry that is cut off or cannot be read is made anew; what cannot be stored
-faithfully is not stored. Nothing is ever removed: delete the folder to make room.
+An entry is a folder named by the SHA-256 of all it depends on: the source model with its external data, the
+composite's full text, every compile option, this package's files and those of plugins, the versions of onnx,
+graphsurgeon, numpy and onnxruntime, and, where onnxruntime's optimised graph is stored, the processor. It is
+written under a temporary name and renamed, so other processes see all of it or nothing. An entry that is cut off or
+cannot be read is made anew; what cannot be stored faithfully is not stored. Nothing is ever removed: delete the
+folder to make room.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from onnxcrp.errors import OnnxcrpError
+from onnxcrp.plugins import discover, registered
 
 if TYPE_CHECKING:
     import onnx
@@ -152,7 +154,8 @@ class Cache:
 
     def _entry(self, kind: str, key: Mapping[str, Any]) -> Path:
         """The folder of what depends on `key` and on this installation."""
-        text = json.dumps({**installation(), **key}, sort_keys=True, default=str)
+        discover()  # plugins of installed packages count as well
+        text = json.dumps({**installation(), **registered(), **key}, sort_keys=True, default=str)
         return self.folder / kind / hashlib.sha256(text.encode()).hexdigest()[:40]
 
     def _read(self, path: Path, read: Callable[[Path], Any]) -> Any:

@@ -501,3 +501,6 @@ def deconvnet(layer: Layer, R: Value) -> Value:
 def beta_smooth(layer: Layer, R: Value, *, beta: float = 10.0) -> Value:
     """The gradient of softplus with sharpness beta for the ReLU's (Dombrowski et al. 2019): R sigmoid(beta x)."""
     return R * layer.op.Sigmoid(layer.a * float(beta))
+
+
+BUILT_IN = frozenset(RULES)  # what is registered after this comes from outside

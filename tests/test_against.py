@@ -17,7 +17,7 @@ import onnxcrp
 from onnxcrp.analysis.against import compare
 from onnxcrp.analysis.verify import verify
 from onnxcrp.cli import main
-from tests.support.quantized import BFLOAT, HALF, folded, half_weights, narrowed, pictures, static
+from tests.support.quantized import BFLOAT, HALF, dynamic, folded, half_weights, narrowed, pictures, static
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -38,6 +38,7 @@ FORMS: dict[str, tuple[Callable[[Path, Path], None], float, set[str]]] = {  # ho
             ("QOperator", "int8", "int8", True),
         ]
     },
+    "dynamic": (dynamic, 0.99, {"DynamicQuantizeLinear", "ConvInteger", "MatMulInteger"}),
     "float16": (lambda source, target: narrowed(source, target, HALF), 0.9995, {"Cast", "Conv"}),
     "float16 ends": (lambda source, target: narrowed(source, target, HALF, ends=True), 0.9995, {"Conv"}),
     "bfloat16": (lambda source, target: narrowed(source, target, BFLOAT), 0.998, {"Cast", "Conv"}),

@@ -24,7 +24,7 @@ import onnx.numpy_helper
 import onnx.version_converter
 import onnx_graphsurgeon as gs
 
-from onnxcrp.canonize.edit import Names, quiet, set_constant, set_output, value
+from onnxcrp.canonize.edit import DOMAIN, Names, quiet, set_constant, set_output, value
 from onnxcrp.canonize.report import PassReport
 from onnxcrp.errors import ModelError
 from onnxcrp.ops.registry import claimed, key_of
@@ -33,7 +33,7 @@ OPSET = 18  # what canonical graphs are written in, unless the file is newer
 OLDEST = 7
 BIG = 4096  # elements; larger constants stay out of the skeleton
 SCOPE = "onnxcrp.scope"
-REWRITTEN = (None, "", "com.microsoft", "ai.onnx.ml")  # domains whose operators passes know by their plain names
+REWRITTEN = (None, "", DOMAIN, "com.microsoft", "ai.onnx.ml")  # domains whose operators passes know by plain names
 QUANTIZER = re.compile(r"_((de)?quant(ized)?|(Deq|Q)uantizeLinear(_Output)?)$")  # what quantizers append to a name
 AUTOMATIC = re.compile(r"^(\d+|onnx::.*|/.*|_?val_\d+|_v_\d+|[cC]onst.*|.*ReadVariableOp.*|.*FakeQuant.*)$")
 WEIGHTED = {"Conv", "ConvTranspose", "Gemm", "MatMul", "BatchNormalization"}

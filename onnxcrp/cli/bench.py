@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 )
 @options.model
 @click.argument("sample", metavar="[INPUT]", required=False, type=click.Path())
+@options.plugin
 @options.composite
 @click.option(
     "-t", "--target", default="top", show_default=True, help="The class that is explained, as explain takes it."
