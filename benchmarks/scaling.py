@@ -255,7 +255,7 @@ def child(what: str, value: int) -> None:
 
 
 @click.command(help=__doc__)
-@click.option("--quick", is_flag=True, help="Three rounds, no memory, eight images of ResNet-50.")
+@click.option("--quick", is_flag=True, help="Two rounds, no memory, eight images of ResNet-50.")
 @click.option("--json", "path", metavar="FILE", default=str(FIGURES), show_default=True)
 @click.option("--gpu", metavar="FILE", help="What benchmarks.gpu wrote.")
 @click.option("--from", "known", metavar="FILE", help="Measure nothing: draw and write from this.")
@@ -266,8 +266,8 @@ def main(quick: bool, path: str, gpu: str | None, known: str | None, alone_as: t
         child(alone_as[0], int(alone_as[1]))
         return
     if known is None:
-        axes = measure(rounds=3 if quick else 5, memory=not quick)
-        rate = index_rate(4, 12) if quick else index_rate(8, 32)
+        axes = measure(rounds=2 if quick else 3, memory=not quick)
+        rate = index_rate(4, 12) if quick else index_rate(8, 24)
         on_gpu = json.loads(Path(gpu).read_text(encoding="utf-8")) if gpu else None
         hours = imagenet(rate, on_gpu)
         write_json(path, {"axes": axes, "index": rate, "imagenet": hours})

@@ -1,11 +1,11 @@
 """Canonical models and relevance models on disk, so that a second process starts in a fraction of the time.
 
-An entry is a folder named by the SHA-256 of all it depends on: the source model with its external data, the
-composite's full text, every compile option, this package's files and those of plugins, the versions of onnx,
-graphsurgeon, numpy and onnxruntime, and, where onnxruntime's optimised graph is stored, the processor. It is
-written under a temporary name and renamed, so other processes see all of it or nothing. An entry that is cut off or
-cannot be read is made anew; what cannot be stored faithfully is not stored. Nothing is ever removed: delete the
-folder to make room.
+An entry is a folder named by the SHA-256 of all it depends on: the source model with its external data, the composite's
+full text, every compile option, this package's files, the versions of onnx, graphsurgeon, numpy and onnxruntime, and,
+where onnxruntime's optimised graph is stored, the processor. It is written under a temporary name and renamed, so other
+processes see all of it or nothing. An entry that is cut off or cannot be read is made anew; what cannot be stored
+faithfully is not stored, and nothing is while operators or rules of a plugin are registered, whose code no key knows.
+Nothing is ever removed: delete the folder to make room.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import os
 import platform
 import secrets
 import shutil
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -27,7 +28,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from onnxcrp.errors import OnnxcrpError
-from onnxcrp.plugins import discover, registered
 
 if TYPE_CHECKING:
     import onnx
@@ -71,6 +71,8 @@ class Cache:
         """
         from onnxcrp.canonize import canonize
 
+        if extended():
+            return canonize(model)
         sha256 = self._sha256(model)
         if sha256 is not None:
             path = self._entry("canonical", {"sha256": sha256})
@@ -129,6 +131,9 @@ class Cache:
         """
         from onnxcrp.session import save
 
+        if extended():
+            model = compile()
+            return start(model), {entry.key: entry.value for entry in model.metadata_props}
         path = self._entry("relevance", {**key, "processor": processor() if cpu else ""})
 
         def read(folder: Path) -> tuple[Session, dict[str, str]]:
@@ -154,8 +159,7 @@ class Cache:
 
     def _entry(self, kind: str, key: Mapping[str, Any]) -> Path:
         """The folder of what depends on `key` and on this installation."""
-        discover()  # plugins of installed packages count as well
-        text = json.dumps({**installation(), **registered(), **key}, sort_keys=True, default=str)
+        text = json.dumps({**installation(), **key}, sort_keys=True, default=str)
         return self.folder / kind / hashlib.sha256(text.encode()).hexdigest()[:40]
 
     def _read(self, path: Path, read: Callable[[Path], Any]) -> Any:
@@ -200,6 +204,19 @@ def _ends(path: Path) -> str:
         head = file.read(ENDS)
         file.seek(max(0, path.stat().st_size - ENDS))
         return hashlib.sha256(head + file.read(ENDS)).hexdigest()
+
+
+def extended() -> bool:
+    """Whether operators or rules from outside this package are registered, by a plugin or by hand."""
+    from onnxcrp.ops import BUILT_IN, CARRIES_NONE, OPS
+    from onnxcrp.plugins import discover
+
+    discover()
+    lrp = sys.modules.get("onnxcrp.lrp")  # whoever registers a rule has imported it
+    rules = lrp.RULES.values() if lrp is not None else ()
+    return bool({*OPS, *CARRIES_NONE} - BUILT_IN) or any(
+        not rule.function.__module__.startswith("onnxcrp.") for rule in rules
+    )
 
 
 @functools.cache
@@ -274,6 +291,7 @@ def read_canonical(folder: Path) -> Canonical:
 def _graph(folder: Path, about: Mapping[str, Any]) -> gs.Graph:
     import onnx
 
+    from onnxcrp.canonize.edit import DOMAIN
     from onnxcrp.canonize.load import import_graph
 
     arrays: dict[str, np.ndarray] = {}
@@ -283,8 +301,10 @@ def _graph(folder: Path, about: Mapping[str, Any]) -> gs.Graph:
             dtype = np.dtype(kind)
             size = dtype.itemsize * int(np.prod(shape, dtype=np.int64))
             arrays[name] = whole[offset : offset + size].view(dtype).reshape(shape)
-    skeleton = onnx.load_model_from_string((folder / GRAPH).read_bytes())
-    return import_graph(skeleton, arrays)
+    graph = import_graph(onnx.load_model_from_string((folder / GRAPH).read_bytes()), arrays)
+    for node in graph.nodes:
+        node.op = node.op.removeprefix(f"{DOMAIN}::")
+    return graph
 
 
 def _is_constant(tensor: gs.Tensor) -> bool:
@@ -318,6 +338,7 @@ def _alike(one: gs.Graph, other: gs.Graph) -> bool:
     ends = [[of(t) for t in (*graph.inputs, *graph.outputs)] for graph in (one, other)]
     return (
         ends[0] == ends[1]
+        and not one.functions
         and one.opset == other.opset
         and not any(True for graph in (one, other) for _ in graph.subgraphs())
         and len(one.nodes) == len(other.nodes)

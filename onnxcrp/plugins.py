@@ -16,10 +16,8 @@ All of a plugin is registered or, if it fails, nothing; what goes wrong in its f
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib.metadata
 import importlib.util
-import inspect
 import os
 import sys
 import threading
@@ -92,30 +90,6 @@ def _run_installed() -> None:
             loaded = entry.load()
             if callable(loaded):
                 loaded()
-
-
-def registered() -> dict[str, str]:
-    """What was registered from outside, and a digest of the code behind it: of its file, or of the function alone."""
-    from onnxcrp.lrp import BUILT_IN as RULES_BUILT_IN
-    from onnxcrp.lrp import RULES
-    from onnxcrp.ops import BUILT_IN, CARRIES_NONE, OPS
-
-    found = {f"carries none {name}": why for name, why in CARRIES_NONE.items() if name not in BUILT_IN}
-    for name, about in OPS.items():
-        if name not in BUILT_IN:
-            functions = (about.transpose, about.forward, about.ones, about.derivative)
-            found[f"operator {name}"] = " ".join([str(about.family), str(about.sign), *map(_digest, functions)])
-    found |= {f"rule {name}": _digest(r.function) for name, r in RULES.items() if name not in RULES_BUILT_IN}
-    return found
-
-
-def _digest(function: Callable[..., Any] | None) -> str:
-    if function is None:
-        return ""
-    code = inspect.unwrap(function).__code__
-    file = Path(code.co_filename)
-    content = file.read_bytes() if file.is_file() else repr((code.co_code, code.co_consts, code.co_names)).encode()
-    return hashlib.sha256(content).hexdigest()
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,10 @@ import pytest
 import onnxcrp
 from onnxcrp import Explainer, backward, cache, canonize
 from onnxcrp.analysis.explanation import open_model
-from onnxcrp.cache import ABOUT, GRAPH, MODEL, WEIGHTS, Cache
+from onnxcrp.cache import ABOUT, GRAPH, MODEL, WEIGHTS, Cache, extended
 from onnxcrp.errors import ModelError, OnnxcrpError
+from onnxcrp.lrp import RULES
+from onnxcrp.ops import OPS
 from onnxcrp.session import save
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
@@ -25,6 +28,12 @@ X = np.random.default_rng(0).standard_normal((2, 1, 150)).astype(np.float32)
 @pytest.fixture
 def net(tmp_path) -> Path:
     return Path(shutil.copy(FIXTURES / "ecg" / "net.onnx", tmp_path / "net.onnx"))
+
+
+@pytest.fixture(autouse=True)
+def no_plugins(monkeypatch):
+    """Whatever other tests have registered."""
+    monkeypatch.setattr(cache, "extended", lambda: False)
 
 
 def refuse(*_args, **_options):
@@ -210,6 +219,21 @@ def test_where_the_cache_is(tmp_path, monkeypatch, nothing_is_made) -> None:
     want = open_model(FIXTURES / "ecg" / "net.onnx")[0].explain(X, 1, seed="abs").heatmap
     nothing_is_made()
     np.testing.assert_array_equal(open_model(FIXTURES / "ecg" / "net.onnx")[0].explain(X, 1, seed="abs").heatmap, want)
+
+
+def test_nothing_is_stored_while_a_plugin_is_registered(net, tmp_path, monkeypatch) -> None:
+    monkeypatch.undo()
+    registered = extended()
+    with monkeypatch.context() as patch:
+        patch.setitem(OPS, "my.domain::Swirl", OPS["Relu"])
+        assert extended()
+        want = ask(tmp_path / "cache", net)
+        assert files(tmp_path / "cache") == []
+    assert want == ask(False, net)
+    with monkeypatch.context() as patch:
+        patch.setitem(RULES, "mine", replace(RULES["pass"], function=ask))
+        assert extended()
+    assert extended() == registered
 
 
 def test_what_does_not_read_back_the_same_is_not_stored(tmp_path, monkeypatch) -> None:
