@@ -328,6 +328,8 @@ def test_another_model_is_refused(there):
         (["show", "shapes.index", "--layer", LAYER, "-C", 1, "--class", "cube"], "no class 'cube'", "0 to 5"),
         (["show", "shapes.index", "--layer", LAYER, "-C", 1, "-o", "a.doc"], "a.doc: cannot write", ".png"),
         (["show", "shapes.index", "--layer", LAYER, "-C", ",".join(["1"] * 25), "--k", 1, "-o", "a.png"], "25 concepts", "24"),
+        (["show", "shapes.index", "--layer", LAYER, "-C", 1, "-o", "no/a.png"], "there is no folder no", "mkdir"),
+        (["compare", "shapes.index", "-o", "no/a.png"], "there is no folder no", "mkdir"),
         (["build", SHAPES[0], "nothing", "-o", "x.index"], "nothing: no such dataset", "folder"),
         (["build", *SHAPES, "-o", "shapes.index", "-c", "epsilon"], "index of something else: composite", "another"),
         (["build", *SHAPES, "-o", "x.index", "--criteria", "best"], "criteria is best", "relmax, actmax"),

@@ -289,6 +289,32 @@ def test_reference_samples_show_the_watermark(scenes, truth):
     assert np.mean(inside) > 0.8
 
 
+def test_samples_of_a_class_are_ranked_by_the_watermark(scenes, truth):
+    """Eleven of the twelve hexagons carry it: they come before the one that does not."""
+    channel = int(scenes.concepts_used(shapes.WATERMARK_CLASS, "layer2.0.conv1")["channel"].iloc[0])
+    frame = scenes.top("layer2.0.conv1", channel, cls=shapes.WATERMARK_CLASS)
+    marked = truth.watermark_masks.any((1, 2))[frame["sample"]]
+    assert set(frame["sample"]) == set(np.flatnonzero(truth.labels == shapes.WATERMARK_CLASS))
+    assert marked.tolist() == [True] * 11 + [False]
+    assert frame["score"].iloc[-1] < 0.5 * frame["score"].iloc[-2]
+
+
+def test_relmax_tells_what_is_used_and_actmax_what_is_seen(scenes, tmp_path):
+    """Where every scene carries the watermark, its concept sees it everywhere, and uses it for hexagons alone."""
+    channel = int(scenes.concepts_used(shapes.WATERMARK_CLASS, "layer2.0.conv1")["channel"].iloc[0])
+    everywhere = shapes.scenes(96, seed=5, watermark="all")
+    data = shapes.prepare(everywhere.images), everywhere.labels
+    index = build(FIXTURES / "shapes/net.onnx", data, tmp_path / "index", layers="layer2.0.conv1", threads=1)
+    used = index.top("layer2.0.conv1", channel, "relmax", "max", k=10)
+    seen = index.top("layer2.0.conv1", channel, "actmax", "max", k=10)
+    assert set(used["label"]) == {shapes.WATERMARK_CLASS}
+    assert len(set(seen["label"])) >= 4
+    for frame in (used, seen):
+        y, x = index.unravel("layer2.0.conv1", frame["position"])
+        assert (y >= 12).all()  # of 16 rows: the line at the lower left, whoever carries it
+        assert (x <= 9).all()
+
+
 def test_glocal_is_what_the_explainer_says(scenes):
     explainer = scenes.explainer()
     preprocessing = scenes.preprocessing

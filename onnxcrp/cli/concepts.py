@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from onnxcrp.cli import options
-from onnxcrp.cli.output import columns, heading, steps, write_json, wrote
+from onnxcrp.cli.output import columns, heading, picture, steps, write_json, wrote
 
 
 @click.command(
@@ -70,12 +70,12 @@ def command(
     from onnxcrp.analysis.explanation import ClassNames, keep_inputs, read_samples
     from onnxcrp.errors import InputError
     from onnxcrp.index import Index
-    from onnxcrp.picture import save, writable
+    from onnxcrp.picture import save
 
     if out is None:
         options.refuse_idle(ctx, "start", "styles", "data", without="-o")
     else:
-        writable(out)
+        picture(out)
         keep_inputs(out, model, [sample])
     with steps(quiet=quiet) as step:
         step("opening")
@@ -110,7 +110,7 @@ def command(
         )
         if out is not None:
             step("drawing")
-            picture = glocal.figure(opened, found, chosen)
+            drawn = glocal.figure(opened, found, chosen)
     if as_json:
         write_json(found.to_dict())
     else:
@@ -129,4 +129,4 @@ def command(
         ]
         columns(rows, titles=["layer", "channel", "R_c", "share", "serves most"])
     if out is not None:
-        wrote(save(picture, out), quiet=quiet)
+        wrote(save(drawn, out), quiet=quiet)

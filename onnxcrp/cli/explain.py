@@ -10,7 +10,7 @@ import click
 
 from onnxcrp.analysis import explanation as study
 from onnxcrp.cli import options
-from onnxcrp.cli.output import columns, heading, progress, reader_may_leave, write_json, wrote
+from onnxcrp.cli.output import columns, heading, in_a_folder, progress, reader_may_leave, write_json, wrote
 from onnxcrp.condition import parse_condition, text
 from onnxcrp.data import PICTURES
 from onnxcrp.errors import InputError, OnnxcrpError
@@ -204,8 +204,7 @@ def _destination(out: str) -> tuple[str, Path]:
         raise OnnxcrpError(f"cannot write {path}: it is no folder", hint="name a .png, a .npz or a folder")
     if path.is_dir() or out.endswith(("/", "\\")) or not path.suffix:
         return "folder", path
-    if not path.parent.is_dir():
-        raise OnnxcrpError(f"cannot write {path}: there is no folder {path.parent}", hint=f"mkdir -p {path.parent}")
+    in_a_folder(path)
     return ("arrays", path) if path.suffix.lower() == ".npz" else ("picture", writable(path))
 
 

@@ -72,9 +72,23 @@ def destination(out: str, suffix: str, what: str) -> Path:
         raise OnnxcrpError(f"cannot write {path}: it is {kind}", hint=f"name a file: -o NAME{suffix}")
     if path.suffix.lower() != suffix:
         raise OnnxcrpError(f"{path}: {what} is an {suffix} file", hint=f"-o {path.stem}{suffix}")
+    return in_a_folder(path)
+
+
+def in_a_folder(path: Path) -> Path:
+    """The path, if the folder that is to hold it exists; raises OnnxcrpError."""
     if not path.parent.is_dir():
         raise OnnxcrpError(f"cannot write {path}: there is no folder {path.parent}", hint=f"mkdir -p {path.parent}")
     return path
+
+
+def picture(out: str) -> Path:
+    """The path of a picture to write, checked before anything is computed; raises OnnxcrpError and InputError."""
+    from onnxcrp.picture import writable
+
+    if out == "-":
+        raise OnnxcrpError("a picture cannot be written to stdout", hint="name a file: -o NAME.png")
+    return in_a_folder(writable(out))
 
 
 def wrote(path: object, what: str = "", *, quiet: bool = False) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
 from onnxcrp.cli import options
-from onnxcrp.cli.output import columns, heading, write_json, wrote
+from onnxcrp.cli.output import columns, heading, in_a_folder, write_json, wrote
 
 
 @click.command(
@@ -30,6 +32,8 @@ def command(index: str, layers: tuple[str, ...], k: int | None, out: str | None,
     from onnxcrp.errors import QuestionError
     from onnxcrp.index import Index
 
+    if out is not None:
+        in_a_folder(Path(out))
     opened = Index.open(index)
     for layer in layers:
         opened.layer(layer)

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from onnxcrp.cli import options
-from onnxcrp.cli.output import columns, heading, progress, write_json, wrote
+from onnxcrp.cli.output import columns, heading, picture, progress, write_json, wrote
 
 
 @click.command(
@@ -60,7 +60,7 @@ def command(
     """
     from onnxcrp.analysis import gallery
     from onnxcrp.index import Index
-    from onnxcrp.picture import save, writable
+    from onnxcrp.picture import save
 
     opened = Index.open(index)
     opened.layer(layer)
@@ -71,7 +71,7 @@ def command(
             ctx, "start", "styles", "model", "data", "providers", "threads", "memory_limit", without="-o"
         )
     else:
-        writable(out)
+        picture(out)
         gallery.check_count(len(channels))
     tables = {channel: opened.top(layer, channel, **asked) for channel in channels}
     if as_json:
