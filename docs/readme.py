@@ -6,6 +6,7 @@ but a figure would change.
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -63,6 +64,46 @@ def operators() -> str:
     return f"{found} operators of the ONNX standard have a transpose or carry no relevance:\n\n" + "\n".join(rows)
 
 
+def coverage() -> str:
+    """What became of other people's architectures, by group, from docs/coverage.json."""
+    rows = json.loads((ROOT / "docs" / "coverage.json").read_text(encoding="utf-8"))
+    lines = [
+        "| architectures | rows | export | explained | conserve | relative L2 to the oracle, median and worst |",
+        "|" + "---|" * 6,
+    ]
+    for group in dict.fromkeys(row["group"] for row in rows):
+        mine = [row for row in rows if row["group"] == group]
+        names = list(dict.fromkeys(row["name"].removeprefix("hf ").removeprefix("Keras ") for row in mine))
+        exported = [row for row in mine if row.get("exports")]
+        explained = [row for row in exported if row.get("explains")]
+        kept = sum(row.get("conserves") is True for row in explained)
+        found = sorted(min(row["parity"], row.get("parity64", 1.0)) for row in explained if row.get("parity"))
+        parity = f"{found[len(found) // 2]:.1g}, {found[-1]:.1g} ({len(found)} rows)" if found else ""
+        title = f"{group}: {', '.join(names)}"
+        lines.append(f"| {title} | {len(mine)} | {len(exported)} | {len(explained)} | {kept} | {parity} |")
+    return "\n".join(lines)
+
+
+SUPPORTED = """\
+`python -m benchmarks.coverage` exports architectures with random weights (torch by both of its exporters, Keras 3 by
+tf2onnx and its own export), explains them, and holds the relevance against zennit, or against dense formulas in float64
+on every function that torch calls. [All rows](docs/coverage.md) tell how each layer is treated; in short:
+
+{coverage}
+
+What exports is explained; what does not export fails in the exporter. Conservation is layer by layer; what biases,
+stabilizers and the softmax inside attention keep is itemised.
+
+{operators}
+
+{presets}"""
+
+
+def supported() -> str:
+    """The section "What is supported"."""
+    return SUPPORTED.format(coverage=coverage(), operators=operators(), presets=presets())
+
+
 def presets() -> str:
     """Composites and what they say of themselves."""
     from onnxcrp.composite import load
@@ -84,7 +125,7 @@ def fresh(folder: Path) -> str:
     """README.md as it should be; pictures that its commands draw are left in `folder`."""
     text = README.read_text(encoding="utf-8")
     text = BLOCK.sub(lambda m: f"```console\n$ {m['command']}\n{run(m['command'], folder).strip()}\n```", text)
-    return filled(text, "supported", f"{operators()}\n\n{presets()}")
+    return filled(text, "supported", supported())
 
 
 def masked(text: str) -> str:

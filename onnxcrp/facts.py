@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from onnxcrp.canonize import Canonical
     from onnxcrp.names import Names
 
+BATCHES = (7, 11)  # two sizes of the batch to compare shapes for
 LINEAR_FAMILIES = ("convolution", "dense")
 
 # What a model may do to its input before the first layer without ceasing to be an affine map of pixels.
@@ -315,8 +316,8 @@ class Facts:
         """
         if not self.batch_breaks or self.canonical.batch == "fixed":
             return {}
-        small, large = 7, 11
-        few, many = self._shapes_for(small), self._shapes_for(large)
+        small, large = BATCHES
+        few, many = self._two_batches
         found = {}
         for name in self.data & few.keys() & many.keys():
             differ = [(i, a, b) for i, (a, b) in enumerate(zip(few[name], many[name], strict=False)) if a != b]
@@ -325,6 +326,11 @@ class Facts:
                 if a and b and a % small == 0 and a // small == b / large and (axis, a) != (0, small):
                     found[name] = (axis, a // small)
         return found
+
+    @cached_property
+    def _two_batches(self) -> list[dict[str, list[int | None]]]:
+        """Shapes of all tensors for two sizes of the batch, as far as onnx can tell."""
+        return [self._shapes_for(size) for size in BATCHES]
 
     def _shapes_for(self, batch: int) -> dict[str, list[int | None]]:
         """Shapes of all tensors if there were `batch` samples, as far as onnx can tell."""
@@ -405,8 +411,7 @@ class Facts:
             return None if leaves_batch(node, rank) else "cuts axis 0"
         return None
 
-    @staticmethod
-    def _reshape_breaks(node: gs.Node, source: gs.Tensor, result: gs.Tensor) -> str | None:
+    def _reshape_breaks(self, node: gs.Node, source: gs.Tensor, result: gs.Tensor) -> str | None:
         before, after = dims(source), dims(result)
         shape = node.inputs[1]
         if isinstance(shape, gs.Constant) and int(shape.values.reshape(-1)[0]) == 0 and not node.attrs.get("allowzero"):
@@ -416,6 +421,10 @@ class Facts:
         rest = [before[1:], after[1:]]
         if all(isinstance(d, int) for side in rest for d in side):
             return None if np.prod(rest[0]) == np.prod(rest[1]) else "merges axis 0 with others"
+        if self.canonical.batch != "fixed":  # axis 0 has the size of the batch on both sides, whatever that is
+            shapes = zip(self._two_batches, BATCHES, strict=True)
+            if all((known.get(t.name) or [0])[0] == size for known, size in shapes for t in (source, result)):
+                return None
         if isinstance(shape, gs.Constant) and int(shape.values.reshape(-1)[0]) == -1:
             return "may merge axis 0 with others"
         return None if after and after[0] == before[0] else "may merge axis 0 with others"

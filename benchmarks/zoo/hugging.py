@@ -169,6 +169,7 @@ HUGGING = {  # row -> class, configuration, what it reads
         "mel",
     ),
 }
+AMPLIFYING = ("albert", "swinv2")  # where epsilon alone makes hundreds of the output
 CONVOLUTIONAL = ("convnext", "convnextv2", "resnet", "regnet", "poolformer")
 
 
@@ -221,7 +222,7 @@ def rows() -> list[Case]:
             f"hf {name}",
             "Hugging Face",
             _hugging(name),
-            CNN if name in CONVOLUTIONAL else TRANSFORMER,
+            CNN if name in CONVOLUTIONAL else f"{TRANSFORMER}(gamma=0.25)" if name in AMPLIFYING else TRANSFORMER,
             oracle="functions",
             needs="transformers",
         )

@@ -113,7 +113,7 @@ def rows() -> list[Case]:
     for name, (size, parity) in VISION.items():
         options = {} if parity else NAMED.get(name, {})
         composite = TRANSFORMER if name.startswith(ATTENTION) else CNN
-        if name == "maxvit_t":  # epsilon alone amplifies through this many convolutions
+        if name in ("maxvit_t", "swin_v2_t"):  # epsilon alone amplifies through this many convolutions
             composite = f"{TRANSFORMER}(gamma=0.25)"
         cases.append(
             Case(

@@ -399,8 +399,8 @@ def _eager() -> Iterator[None]:
 
 
 def merge(net: nn.Module, *args: Tensor) -> None:
-    """BatchNorm that is all that reads a layer is folded into it, in place."""
-    after, readers, count = {}, {}, {}
+    """BatchNorm that is all that reads a layer is folded into it, else into the unpadded layer that is all that reads it."""
+    after, readers, count, merged = {}, {}, {}, set()
 
     def hook(module: nn.Module, inputs: Any, out: Any) -> None:
         count[module] = count.get(module, 0) + 1
@@ -408,7 +408,7 @@ def merge(net: nn.Module, *args: Tensor) -> None:
             maker = after.get(id(x), (None, None))[0]
             if maker is not None:
                 readers.setdefault(maker, []).append(module)
-        if isinstance(module, nn.modules.conv._ConvNd | nn.Linear):
+        if isinstance(module, nn.modules.conv._ConvNd | nn.Linear | nn.modules.batchnorm._BatchNorm):
             after[id(out)] = module, out  # the tensor is kept, so that its id stays its own
 
     handles = [m.register_forward_hook(hook) for m in net.modules() if not list(m.children())]
@@ -416,16 +416,30 @@ def merge(net: nn.Module, *args: Tensor) -> None:
         before = net(*args)
     for handle in handles:
         handle.remove()
+    norms = nn.modules.batchnorm._BatchNorm
     for layer, found in readers.items():
         norm = found[0]
-        if len(found) > 1 or count[layer] > 1 or not isinstance(norm, nn.modules.batchnorm._BatchNorm):
+        if len(found) > 1 or count[layer] > 1 or not isinstance(norm, norms) or isinstance(layer, norms):
             continue
+        merged.add(norm)
         scale = norm.weight / (norm.running_var + norm.eps).sqrt()
         transposed = getattr(layer, "transposed", False)
         shape = [1, -1] if transposed else [-1, 1]
         layer.weight.data *= scale.reshape([*shape, *[1] * (layer.weight.ndim - 2)])
         bias = -norm.running_mean if layer.bias is None else layer.bias - norm.running_mean
         layer.bias = nn.Parameter(bias * scale + norm.bias, requires_grad=False)
+        norm.forward = lambda x: x
+    for norm, found in readers.items():
+        layer = found[0]
+        plain = isinstance(layer, nn.Conv1d | nn.Conv2d) and not any(layer.padding) and layer.groups == 1
+        if not isinstance(norm, norms) or norm in merged or len(found) > 1 or not plain or count[norm] > 1:
+            continue
+        scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+        shift = norm.bias - scale * norm.running_mean
+        sizes = [1, -1, *[1] * (layer.weight.ndim - 2)]
+        lost = (layer.weight * shift.reshape(sizes)).flatten(1).sum(1)
+        layer.bias = nn.Parameter(lost if layer.bias is None else layer.bias + lost, requires_grad=False)
+        layer.weight.data *= scale.reshape(sizes)
         norm.forward = lambda x: x
     with torch.no_grad():
         for one, other in zip(_tensors(before), _tensors(net(*args)), strict=True):
