@@ -259,6 +259,18 @@ def test_stats_are_those_of_the_api(there):
     assert re.search(r"^  5\s+hexagon\s+12\s+10\.\d%", text, re.MULTILINE)
 
 
+def test_classes_by_other_names(there):
+    Path("names.txt").write_text("\n".join("uvwxyz"))
+    asked = ("--class-names", "names.txt", "-q")
+    shown = done("index", "show", "shapes.index", "--layer", LAYER, "-C", 2, "--k", 1, "--class", "Z", *asked)
+    assert re.search(r"hexagon\.png +z +12\.\d%", shown.stdout)
+    assert "z uses most" in done("index", "stats", "shapes.index", "--class", "z", *asked[:2]).stdout
+    assert re.search(r"explained  z ", done(*GLOCAL, "--k-concepts", 1, *asked).stdout)
+    Path("names.txt").write_text("u\nv")
+    short = run("index", "stats", "shapes.index", "--class", "u", *asked[:2])
+    assert (short.exit_code, "holds 2 class names" in short.stderr) == (1, True)
+
+
 def test_compare_prints_and_plots(there):
     result = done("index", "compare", "shapes.index", "--layer", LAYER, "--layer", "conv1", "--k", 5, "-o", "a.png")
     frame = Index.open("shapes.index").compare([LAYER, "conv1"], 5)

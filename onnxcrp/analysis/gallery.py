@@ -98,7 +98,7 @@ def serves(index: Index, layer: str, channel: int, k: int = 3) -> str:
         return ""
     frame = index.classes_served(layer, channel, k)
     found = [(name, mean) for name, mean in zip(frame["name"], frame["top_mean"], strict=True) if mean > 0]
-    return ", ".join(f"{short(str(name))} {score(index, mean)}" for name, mean in found)
+    return ", ".join(f"{short(str(name))} ({score(index, mean)})" for name, mean in found)
 
 
 def captions(index: Index, found: ReferenceSamples) -> list[tuple[str, str]]:

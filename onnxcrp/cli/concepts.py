@@ -32,6 +32,7 @@ from onnxcrp.cli.output import columns, heading, picture, steps, write_json, wro
 @click.option("--same-class", is_flag=True, help="Reference samples of the explained class only.")
 @options.start
 @options.styles
+@options.class_names
 @click.option("-o", "--out", type=click.Path(dir_okay=False), help="The picture, .png or another that Pillow writes.")
 @click.option("--data", multiple=True, metavar="[NAME=]PATH", help="Where the index' data lies now. Repeatable.")
 @options.runtime
@@ -53,6 +54,7 @@ def command(
     same_class: bool,
     start: str | None,
     styles: tuple[str, ...],
+    class_names: str | None,
     out: str | None,
     data: tuple[str, ...],
     providers: tuple[str, ...],
@@ -68,8 +70,8 @@ def command(
     """
     from onnxcrp.analysis import gallery, glocal
     from onnxcrp.analysis.explanation import ClassNames, keep_inputs, read_samples
+    from onnxcrp.analysis.reading import open_index
     from onnxcrp.errors import InputError
-    from onnxcrp.index import Index
     from onnxcrp.picture import save
 
     if out is None:
@@ -79,11 +81,9 @@ def command(
         keep_inputs(out, model, [sample])
     with steps(quiet=quiet) as step:
         step("opening")
-        opened = Index.open(index)
+        opened = open_index(index, class_names=class_names, data=data)
         for layer in layers:
             opened.layer(layer)
-        if data:
-            opened.open_data(list(data))
         explainer = opened.explainer(
             model, providers=list(providers) or None, threads=threads, memory_limit=memory_limit
         )

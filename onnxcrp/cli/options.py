@@ -289,6 +289,16 @@ def of_class(command: F) -> F:
     return click.option("--class", "cls", metavar="CLASS", help="Of this class, a number or a name.")(command)
 
 
+def class_names(command: F) -> F:
+    """--class-names: what classes are called."""
+    return click.option(
+        "--class-names",
+        type=click.Path(),
+        metavar="FILE",
+        help="Class names: a line each, or .json or .csv.  [default: those of the preprocessing file]",
+    )(command)
+
+
 def moved(command: F) -> F:
     """--model and --data: where they are now."""
     command = click.option(

@@ -102,6 +102,10 @@ class Index:
         line = cls + self.manifest["label_offset"]
         return names[line] if 0 <= line < len(names) else str(cls)
 
+    def name_classes(self, names: Sequence[str], offset: int = 0) -> None:
+        """What classes are called from now on: class `c` is `names[c + offset]`."""
+        self.manifest |= {"class_names": list(names), "label_offset": offset}
+
     def class_number(self, text: str) -> int:
         """A class by its number or its name, whatever the case; raises QuestionError naming the nearest."""
         if text.strip().isdigit() and int(text) < self.classes:

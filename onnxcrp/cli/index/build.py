@@ -50,7 +50,7 @@ SAID = 5  # skipped samples that are named
               help="Classes per concept whose reference samples are kept in full.")  # fmt: skip
 @click.option("--output", metavar="NAME", help="The model output to explain.  [default: the first one]")
 @options.preprocess
-@click.option("--batch-size", type=click.IntRange(1), help="Samples of one run. By default a size that suits.")
+@click.option("--batch-size", type=click.IntRange(1), help="Samples of one run.  [default: by the size of one]")
 @click.option("--workers", type=click.IntRange(1), help="Threads that decode samples.  [default: the cores, at most 8]")
 @options.provider
 @click.option("--threads", type=click.IntRange(1), help="Threads of one run.  [default: all cores]")

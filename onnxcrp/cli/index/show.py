@@ -25,6 +25,7 @@ from onnxcrp.cli.output import columns, heading, picture, progress, write_json, 
 @options.channels
 @options.criterion
 @options.of_class
+@options.class_names
 @click.option("--k", type=click.IntRange(1), default=8, show_default=True, help="Reference samples, the best first.")
 @options.start
 @options.styles
@@ -42,6 +43,7 @@ def command(
     criterion: str,
     aggregate: str,
     cls: str | None,
+    class_names: str | None,
     k: int,
     start: str | None,
     styles: tuple[str, ...],
@@ -59,10 +61,10 @@ def command(
     Signals are drawn as curves; what the strongest neurons see of them is laid over each other, aligned there.
     """
     from onnxcrp.analysis import gallery
-    from onnxcrp.index import Index
+    from onnxcrp.analysis.reading import open_index
     from onnxcrp.picture import save
 
-    opened = Index.open(index)
+    opened = open_index(index, class_names=class_names, data=data)
     opened.layer(layer)
     asked: dict[str, Any] = {"criterion": criterion, "aggregate": aggregate, "k": k}
     asked["cls"] = None if cls is None else opened.class_number(cls)
@@ -85,8 +87,6 @@ def command(
     if out is None:
         return
     chosen = styles or tuple(gallery.STYLES)
-    if data:
-        opened.open_data(list(data))
     explainer = opened.explainer(model, providers=list(providers) or None, threads=threads, memory_limit=memory_limit)
     found = [
         opened.reference_samples(

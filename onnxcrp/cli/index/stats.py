@@ -22,6 +22,7 @@ from onnxcrp.cli.output import columns, heading, write_json
 @click.option("--layer", metavar="LAYER", help="With --class: concepts of this layer alone.")
 @click.option("-C", "--channel", type=click.IntRange(0), metavar="C", help="The classes that this concept serves most.")
 @options.of_class
+@options.class_names
 @click.option("--retrieve", is_flag=True, help="The inverse search: the classes and the samples that a concept drives.")
 @click.option("--by", type=click.Choice(["top", "mean"]), show_default="top, and mean for --class",
               help="Rank by the mean of the 10 highest scores, or of all.")  # fmt: skip
@@ -34,6 +35,7 @@ def command(
     layer: str | None,
     channel: int | None,
     cls: str | None,
+    class_names: str | None,
     retrieve: bool,
     by: str | None,
     k: int,
@@ -44,13 +46,13 @@ def command(
     (--layer), and without any of them what the index is of.
     """
     from onnxcrp.analysis import statistics
-    from onnxcrp.index import Index
+    from onnxcrp.analysis.reading import open_index
 
     if channel is not None and layer is None:
         raise click.UsageError("--channel needs --layer.")
     if retrieve and (channel is None or cls is not None):
         raise click.UsageError("--retrieve is about one concept: --layer and --channel, without --class.")
-    opened = Index.open(index)
+    opened = open_index(index, class_names=class_names)
     if layer is None and cls is None:
         options.refuse_idle(ctx, "by", "k", without="--layer or --class")
     number = None if cls is None else opened.class_number(cls)
