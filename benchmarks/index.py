@@ -28,7 +28,7 @@ from typing import Any
 import click
 import numpy as np
 
-from benchmarks.common import Timing, alone, peak_memory, report, write_json
+from benchmarks.common import Timing, alone, report, write_json
 
 NET = "resnet18"
 LAYERS = {"all": None, "late": "layer4.0.conv2"}
@@ -217,6 +217,8 @@ def _served(rng: np.random.Generator, channels: int) -> dict[int, np.ndarray]:
 
 def child(what: str, *arguments: str) -> None:
     """One run alone, as a line of JSON."""
+    from onnxcrp.analysis.memory import peak_memory
+
     if what in CONTENDERS:
         model, data, out, which = arguments
         found = CONTENDERS[what](model, data, out, which)

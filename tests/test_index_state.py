@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,6 +15,7 @@ from hypothesis import strategies as st
 
 from onnxcrp.errors import OnnxcrpError
 from onnxcrp.index.state import EMPTY, Lists, Moments, decode, encode, from_ranges, ranges
+from onnxcrp.index.work import in_order
 
 
 def test_keys_sort_by_score_then_sample_and_come_back():
@@ -109,3 +114,37 @@ def test_moments_refuse_what_would_overflow():
 def test_blocks_as_ranges():
     assert ranges({5, 0, 1, 2}) == [[0, 3], [5, 6]]
     assert from_ranges([[0, 3], [5, 6]]) == {0, 1, 2, 5}
+
+
+def test_calls_run_ahead_of_their_use_but_come_in_order():
+    running, most = 0, 0
+    lock = threading.Lock()
+
+    def call(number):
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+        time.sleep(0.01 if number % 3 else 0.03)
+        with lock:
+            running -= 1
+        if number == 17:
+            raise OnnxcrpError("the seventeenth")
+        return number * number
+
+    asked = []
+
+    def calls(n):
+        for number in range(n):
+            asked.append(number)
+            yield number, partial(call, number) if number % 5 else None
+
+    with ThreadPoolExecutor(3) as pool:
+        found = []
+        for key, result in in_order(pool, calls(15), 4):
+            found.append((key, result))
+            assert len(asked) <= key + 5
+        assert found == [(n, n * n if n % 5 else None) for n in range(15)]
+        assert most == 3
+        with pytest.raises(OnnxcrpError, match="seventeenth"):
+            list(in_order(pool, calls(20), 4))

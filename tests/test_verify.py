@@ -384,7 +384,7 @@ def test_an_operator_the_evaluator_lacks_is_named(monkeypatch):
     from onnxcrp import evaluate
 
     monkeypatch.setitem(evaluate.KERNELS, "Relu", lambda *a: NotImplemented)
-    monkeypatch.setattr(evaluate, "_by_reference", _fails)
+    monkeypatch.setattr(evaluate.run, "by_reference", _fails)
     found = check(verify(two_layers(), X, target=0, float64=True), "float64")
     assert found.ok is None
     assert "Relu" in found.detail

@@ -76,7 +76,7 @@ def build(
     work = Work(Recipe(model=model, data=data, **settings))
     part = parse_shard(shard)
     with locked(out):
-        return _Build(work, out, part).run(engine, progress, address=address, actors=actors)
+        return _Build(work, out, part, progress).run(engine, address=address, actors=actors)
 
 
 def parse_shard(shard: tuple[int, int] | str | None) -> tuple[int, int] | None:
@@ -99,12 +99,13 @@ class _Build:
     work: Work
     out: Path
     shard: tuple[int, int] | None
+    progress: Progress | bool | None
     parts: Path = field(init=False)
 
     def __post_init__(self) -> None:
         self.parts = self.out / PARTS
 
-    def run(self, engine: str, progress: Progress | bool | None, **options: Any) -> Any:
+    def run(self, engine: str, **options: Any) -> Any:
         from onnxcrp.index.query import Index
 
         work, wanted = self.work, set(self.work.blocks(self.shard))
@@ -114,7 +115,7 @@ class _Build:
             return Index.open(self.out)
         missing = [block for block in work.blocks(self.shard) if block not in have]
         total = sum(len(work.samples_of(block)) for block in (*missing, *have))
-        with _shown(progress, total) as show:
+        with _shown(self.progress, total, "samples") as show:
             meter = Meter(show, total, total - sum(len(work.samples_of(b)) for b in missing), len(state.skipped))
             if engine == "ray":
                 from onnxcrp.index.on_ray import run_on_ray
@@ -187,7 +188,9 @@ class _Build:
                     name: {int(cls): np.array(channels, np.int32) for cls, channels in of_class.items()}
                     for name, of_class in kept["served"].items()
                 }
-        served = work.pilot()
+        samples = work.pilot_samples()
+        with _shown(self.progress is True, len(samples), "classes that concepts serve") as show:
+            served = work.pilot(samples, Meter(show, len(samples), 0, 0))
         content = {
             "question": question,
             "served": {
@@ -296,7 +299,7 @@ class Meter:
 
 
 @contextlib.contextmanager
-def _shown(progress: Progress | bool | None, total: int) -> Iterator[Progress | None]:
+def _shown(progress: Progress | bool | None, total: int, what: str) -> Iterator[Progress | None]:
     """A function that shows progress: the caller's, a bar on stderr, or none."""
     if not progress or callable(progress):
         yield progress or None
@@ -320,7 +323,7 @@ def _shown(progress: Progress | bool | None, total: int) -> Iterator[Progress | 
         TextColumn("{task.fields[skipped]}"),
     )
     with Bar(*columns, console=Console(file=sys.stderr)) as bar:
-        task = bar.add_task("samples", total=total, skipped="")
+        task = bar.add_task(what, total=total, skipped="")
 
         def show(done: int, total: int, skipped: int) -> None:
             bar.update(task, completed=done, total=total, skipped=f"{skipped} skipped" if skipped else "")

@@ -252,16 +252,21 @@ class Work:
         counts = np.bincount(labels[labels != NO_LABEL])
         return np.count_nonzero(counts) * min(recipe.k, counts.max(initial=0)) <= recipe.full_classes * recipe.k
 
-    def pilot(self) -> dict[str, dict[int, np.ndarray]]:
-        """layer -> class -> channels that keep lists per class in full, from a run over a part of the data."""
+    def pilot(
+        self, samples: Sequence[int], done: Callable[[int, int], None] | None = None
+    ) -> dict[str, dict[int, np.ndarray]]:
+        """layer -> class -> channels that keep lists per class in full, from a run over some samples.
+
+        `done(samples, skipped)` after each batch.
+        """
         state = State(self.layout, {name: {} for name in self.layout.layers})
-        chosen = self._pilot_samples()
-        steps = [chosen[at : at + self.batch_size] for at in range(0, len(chosen), self.batch_size)]
-        for _ in self._into(state, ((None, step, step is steps[-1]) for step in steps)):
-            pass
+        steps = [samples[at : at + self.batch_size] for at in range(0, len(samples), self.batch_size)]
+        for (_, step, _), failed in self._into(state, ((None, step, step is steps[-1]) for step in steps)):
+            if done is not None:
+                done(len(step), failed)
         return state.serves_most(self.recipe.full_classes)
 
-    def _pilot_samples(self) -> Sequence[int]:
+    def pilot_samples(self) -> Sequence[int]:
         """Samples spread evenly over every class where labels tell, else over the data."""
         count = max(self.reducer.classes * PILOT_PER_CLASS, len(self.data) // PILOT_SHARE)
         if count >= len(self.data):
