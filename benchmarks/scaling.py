@@ -91,7 +91,7 @@ def measure(*, rounds: int, memory: bool, points: Mapping[str, Sequence[int]] = 
 
 def slope(values: Sequence[float], costs: Sequence[float]) -> float:
     """The exponent p of cost ~ value^p between the upper half of the points, where constants matter least."""
-    half = len(values) // 2
+    half = min(len(values) // 2, len(values) - 2)
     x, y = np.log(np.asarray(values[half:], float)), np.log(np.maximum(np.asarray(costs[half:], float), 1e-12))
     return float(np.polyfit(x, y, 1)[0])
 
