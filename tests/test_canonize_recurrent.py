@@ -13,6 +13,7 @@ import pytest
 from onnxcrp.canonize import canonize
 from onnxcrp.explainer import Explainer
 from tests.support.canonical import check, feeds, ops, parse, random, said, session
+from tests.support.recurrent import Lstm, epsilon
 
 T, N, IN, H = 4, 2, 3, 5
 GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}
@@ -500,41 +501,14 @@ def test_torch(kind, options, exporter, batch, tmp_path):
 # ------------------------------------------------------------------- relevance, as in Arras et al. 2017, numpy and float64
 
 
-def stab(z: np.ndarray, eps: float = 1e-6) -> np.ndarray:
-    return z + eps * np.where(z >= 0, 1.0, -1.0)
-
-
-def sigmoid(a: np.ndarray) -> np.ndarray:
-    return 1 / (1 + np.exp(-a))
-
-
-def epsilon(a: np.ndarray, W: np.ndarray, z: np.ndarray, R: np.ndarray) -> np.ndarray:
-    """R_i = sum_j a_i w_ij / (z_j + eps sign z_j) R_j."""
-    return a * (W.T @ (R / stab(z)))
-
-
 def arras_lstm(x: np.ndarray, w: dict, fc: np.ndarray, target: int) -> tuple[float, np.ndarray]:
-    """The logit and the relevance of one sample [T, in]: gates get none, sums and layers share by contribution."""
-    W, R_, B = (w[k][0].astype(np.float64) for k in "wrb")
-    W, R_, b = W.reshape(4, H, -1), R_.reshape(4, H, H), B.reshape(2, 4, H).sum(0)  # gates i, o, f, g
-    h, c = np.zeros([T + 1, H]), np.zeros([T + 1, H])
-    i, f, o, g, a = (np.zeros([T, H]) for _ in range(5))
-    for t in range(T):
-        before = np.einsum("ghi,i->gh", W, x[t]) + np.einsum("ghi,i->gh", R_, h[t - 1]) + b
-        i[t], o[t], f[t] = sigmoid(before[:3])
-        a[t] = before[3]
-        g[t] = np.tanh(a[t])
-        c[t] = f[t] * c[t - 1] + i[t] * g[t]
-        h[t] = o[t] * np.tanh(c[t])
-    logits = fc @ h[T - 1]
-    Rx, Rh, Rc = np.zeros_like(x), epsilon(h[T - 1], fc[[target]], logits[[target]], logits[[target]]), np.zeros(H)
-    for t in range(T)[::-1]:
-        Rc = Rc + Rh  # h = o . tanh(c): c is the signal, o the gate
-        Rg = i[t] * g[t] / stab(c[t]) * Rc
-        kept = f[t] * c[t - 1] / stab(c[t]) * Rc
-        both = epsilon(np.concatenate([x[t], h[t - 1]]), np.concatenate([W[3], R_[3]], 1), a[t], Rg)
-        Rx[t], Rh, Rc = both[: x.shape[1]], both[x.shape[1] :], kept
-    return logits[target], Rx
+    """The logit and the relevance of one sample [T, in], read at the last step."""
+    lstm = Lstm(w["w"][0].reshape(4, H, -1), w["r"][0].reshape(4, H, H), w["b"][0].reshape(2, 4, H).sum(0))
+    h = lstm.run(x)
+    logits = fc @ h[-1]
+    Rh = np.zeros_like(h)
+    Rh[-1] = epsilon(h[-1], fc[[target]], logits[[target]], logits[[target]])
+    return logits[target], lstm.relevance(Rh)
 
 
 @pytest.mark.filterwarnings("ignore::onnxcrp.result.NegativeLogitWarning")
