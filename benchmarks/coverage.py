@@ -25,6 +25,7 @@ import gc
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -90,7 +91,8 @@ def _loads(path: Path, feeds: dict[str, np.ndarray]) -> None:
 
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
+    line = re.sub(r"\S*/model\.onnx", "model.onnx", lines[0] if lines else "")
+    return f"{type(error).__name__}: {line}"[:300]
 
 
 def _explain(row: Row, case: Case, path: Path, feeds: dict[str, np.ndarray]) -> None:
@@ -212,7 +214,16 @@ def written(rows: Sequence[Row]) -> str:
         "# What is explained",
         "",
         "Written by `python -m benchmarks.coverage`: random weights, the smallest members of families, small inputs,",
-        "each exporter with its own defaults. The columns are explained in that file's first lines.",
+        "each exporter with its own defaults.",
+        "",
+        "- exports: the exporter writes a model that onnxruntime loads; what fails there is the exporter's.",
+        "- canonizes: relative L2 difference of the canonical model's outputs to the original's.",
+        "- conserves: (relevance of the inputs + what biases, stabilizers, norms and the softmax inside attention keep) / the",
+        "  explained output; every layer sends what it receives.",
+        "- parity: relative L2 difference of the input's relevance to float64, by zennit (z) or by dense formulas on every",
+        "  function that torch calls. Where float32 misses it by more than 1e-4, in brackets what the same relevance model gives",
+        "  in float64: LRP-epsilon divides by small sums, which float32 does not know better.",
+        "- exact, or what is taken for the identity on the way back.",
         "",
         f"{len(rows)} rows: {len(exported)} export, {len(explained)} of these are explained, "
         f"{sum(row.get('conserves') is True for row in explained)} conserve relevance layer by layer.",

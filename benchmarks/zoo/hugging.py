@@ -169,7 +169,7 @@ HUGGING = {  # row -> class, configuration, what it reads
         "mel",
     ),
 }
-AMPLIFYING = ("albert", "swinv2")  # where epsilon alone makes hundreds of the output
+AMPLIFYING = ("albert", "mobilevit", "swinv2")  # where epsilon alone makes hundreds of the output
 CONVOLUTIONAL = ("convnext", "convnextv2", "resnet", "regnet", "poolformer")
 
 
