@@ -218,7 +218,7 @@ def written(rows: Sequence[Row]) -> str:
         "",
         "- exports: the exporter writes a model that onnxruntime loads; what fails there is the exporter's.",
         "- canonizes: relative L2 difference of the canonical model's outputs to the original's.",
-        "- conserves: (relevance of the inputs + what biases, stabilizers, norms and the softmax inside attention keep)",
+        "- conserves: (relevance of the inputs + what biases, stabilizers, norms and the softmax in attention keep)",
         "  / the explained output; every layer sends what it receives.",
         "- parity: relative L2 difference of the input's relevance to float64, by zennit (z) or by dense formulas on",
         "  every function that torch calls. Where float32 misses it by more than 1e-4, in brackets what the same",
