@@ -17,6 +17,7 @@ import onnx
 import onnx.version_converter
 import onnx_graphsurgeon as gs
 
+from onnxcrp.canonize.edit import collector_paused
 from onnxcrp.composite import Composite, load
 from onnxcrp.errors import CompositeError, QuestionError, UnsupportedError
 from onnxcrp.facts import Facts, dims, rectifies
@@ -33,6 +34,7 @@ _PRODUCTS = frozenset({"zero", "epsilon", "zplus", "alpha_beta", "gamma", "norm"
 _KEEPS_ZEROS = frozenset({"winner", "rearrangement"})
 
 
+@collector_paused()
 def compile(
     model: Any,
     composite: str | os.PathLike[str] | Composite = "epsilon_plus_flat",

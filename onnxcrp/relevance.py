@@ -155,6 +155,11 @@ class RelevanceModels:
         """Whether activations are rounded: the runtime's fusions then move values by whole steps, so it gets none."""
         return any(node.op in ("QuantizeLinear", "DynamicQuantizeLinear") for node in self.facts.nodes)
 
+    @property
+    def is_unrolled(self) -> bool:
+        """Whether it holds recurrent layers written out: looking for fusions in so many small nodes does not pay."""
+        return any(report.name == "unroll recurrent layers" and report.done for report in self.canonical.reports)
+
     def is_batched(self, name: str) -> bool:
         """Whether axis 0 of this input counts samples."""
         shape = self.inputs[name][1]
@@ -269,9 +274,9 @@ class RelevanceModels:
         """A session as the caller of this class wants them."""
         from onnxcrp.session import Session
 
-        optimize = optimize and not self.is_quantized
+        level = optimize and not self.is_quantized and ("basic" if self.is_unrolled else True)
         options = self._session_options
-        return Session(model, optimize=optimize, optimized=optimized, plan_memory=plan_memory, **options)
+        return Session(model, optimize=level, optimized=optimized, plan_memory=plan_memory, **options)
 
     def _composite(self, plan: Plan) -> Composite:
         return self.composite if plan.seed == self.composite.seed else replace(self.composite, seed=plan.seed)

@@ -121,11 +121,12 @@ class Session:
     """A model ready to run; one Session may be used from many threads.
 
     `model` is a path or a ModelProto, which is not changed; above `size_threshold` bytes it goes through a
-    temporary folder with external data. `optimize=False` turns off onnxruntime's own graph optimisation, `threads`
-    sets the threads per operator, `log_severity` 4 is silent: what goes wrong is raised, onnxruntime would print it
-    once more. `profile`: a folder for onnxruntime's profile, which `end_profile` writes. `optimized`: a file that the
-    optimised graph is written to, to be loaded with `optimize=False` on the same kind of machine. `plan_memory=False`:
-    keep no layout of memory for each set of shapes that was run: hardly slower, half as large where batches vary.
+    temporary folder with external data. `optimize=False` turns off onnxruntime's own graph optimisation, "basic"
+    leaves fusions out, `threads` sets the threads per operator, `log_severity` 4 is silent: what goes wrong is
+    raised, onnxruntime would print it once more. `profile`: a folder for onnxruntime's profile, which `end_profile`
+    writes. `optimized`: a file that the optimised graph is written to, to be loaded with `optimize=False` on the
+    same kind of machine. `plan_memory=False`: keep no layout of memory for each set of shapes that was run: hardly
+    slower, half as large where batches vary.
     Raises ModelError for what onnxruntime cannot load, RuntimeMissingError without onnxruntime or for a provider
     asked for that cannot start.
     """
@@ -135,7 +136,7 @@ class Session:
         model: onnx.ModelProto | str | os.PathLike[str],
         providers: Provider | Sequence[Provider] | None = None,
         *,
-        optimize: bool = True,
+        optimize: bool | str = True,
         threads: int | None = None,
         log_severity: int = 4,
         size_threshold: int = PROTOBUF_LIMIT,
@@ -148,7 +149,8 @@ class Session:
         chosen = _providers(providers, allow_tf32=allow_tf32)
         options = ort.SessionOptions()
         level = ort.GraphOptimizationLevel
-        options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
+        levels = {True: level.ORT_ENABLE_ALL, False: level.ORT_DISABLE_ALL, "basic": level.ORT_ENABLE_BASIC}
+        options.graph_optimization_level = levels[optimize]
         options.log_severity_level = log_severity
         options.enable_mem_pattern = plan_memory
         if threads is not None:

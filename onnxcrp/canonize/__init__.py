@@ -6,6 +6,7 @@ Each pass is a function `graph -> PassReport` in a file of its own, with its alg
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import onnx
@@ -18,17 +19,17 @@ from onnxcrp.canonize.bfloat16 import widen_bfloat16
 from onnxcrp.canonize.constants import fold_constants
 from onnxcrp.canonize.contrib import expand_composites
 from onnxcrp.canonize.control import inline_control_flow
-from onnxcrp.canonize.edit import DOMAIN
+from onnxcrp.canonize.edit import DOMAIN, collector_paused
 from onnxcrp.canonize.kernels import rewrite_kernels
 from onnxcrp.canonize.linear import normalize_linear
-from onnxcrp.canonize.load import SCOPE
+from onnxcrp.canonize.load import SCOPE, Source
 from onnxcrp.canonize.load import load as read
 from onnxcrp.canonize.machines import fuse_kernels
 from onnxcrp.canonize.norms import fuse_norms
 from onnxcrp.canonize.pads import explicit_pads
 from onnxcrp.canonize.qlinear import dequantize_operators
 from onnxcrp.canonize.quantize import keep_quantization
-from onnxcrp.canonize.recurrent import unroll_recurrent
+from onnxcrp.canonize.recurrent import is_recurrent, unroll_recurrent
 from onnxcrp.canonize.report import PassReport
 from onnxcrp.canonize.shapes import infer_shapes
 from onnxcrp.canonize.write import write as to_model
@@ -73,6 +74,13 @@ def canonize(model: str | os.PathLike | onnx.ModelProto, *, free_batch: bool = T
     """
     discover()
     source = read(model)
+    unrolled = any(is_recurrent(node) for node in source.graph.nodes)
+    with collector_paused() if unrolled else nullcontext():
+        return _canonical(source, free_batch)
+
+
+def _canonical(source: Source, free_batch: bool) -> Canonical:
+    """All passes in their order."""
     graph = source.graph
     reports = [source.report, widen_bfloat16(graph)]
     infer_shapes(graph)

@@ -67,13 +67,14 @@ def unroll_recurrent(graph: gs.Graph, scopes: dict[str, str] | None = None) -> P
     lengths that differ between samples, weights that are computed, `clip`.
     """
     report = PassReport("unroll recurrent layers")
-    recurrent = [node for node in graph.nodes if _is_recurrent(node)]
+    recurrent = [node for node in graph.nodes if is_recurrent(node)]
     if recurrent:
         _Unroller(graph, report, {} if scopes is None else scopes, recurrent).run()
     return report
 
 
-def _is_recurrent(node: gs.Node) -> bool:
+def is_recurrent(node: gs.Node) -> bool:
+    """RNN, GRU, LSTM."""
     return node.op in GATES and not node.domain
 
 
@@ -314,7 +315,7 @@ class _Unroller:
 
     def run(self) -> None:
         for node in list(self.graph.nodes):
-            if _is_recurrent(node):
+            if is_recurrent(node):
                 try:
                     self.unroll(node)
                     continue
