@@ -156,3 +156,25 @@ def test_text_lstm(exporter: str, tmp_path: Path) -> None:
         assert np.linalg.norm(R - expected) < 1e-3 * np.linalg.norm(expected)
     decides = np.isin(tokens, [*FOR, *AGAINST])
     assert (result.relevance["x"].argmax(1) == decides.argmax(1)).mean() > 0.9
+
+
+def test_long_nets_start_without_looking_for_fusions(tmp_path: Path) -> None:
+    """The runtime's level changes nothing but rounding, and the collector runs again afterwards, also after an error."""
+    import gc
+
+    from onnxcrp.session import Session
+
+    path = exported("ecg", "script", tmp_path)
+    explainer = onnxcrp.Explainer(path, "epsilon")
+    assert explainer._models.is_unrolled
+    assert not onnxcrp.Explainer(Path(__file__).parents[1] / "fixtures" / "digits" / "net.onnx")._models.is_unrolled
+    assert gc.isenabled()
+    with pytest.raises(onnxcrp.QuestionError):
+        onnxcrp.compile(explainer.canonical, "epsilon", record=["nothing"])
+    assert gc.isenabled()
+    model = onnxcrp.compile(explainer.canonical, "epsilon")
+    feeds = {"x": beats(1, 3)[0], "target": np.eye(5, dtype=np.float32)[:1]}
+    (basic,), (full,) = (
+        Session(model, optimize=level).run(feeds, ["relevance.x"]).values() for level in ("basic", True)
+    )
+    np.testing.assert_allclose(basic, full, rtol=1e-3, atol=1e-5 * np.abs(full).max())
