@@ -57,6 +57,11 @@ def residual(extra: str = "") -> onnx.ModelProto:
     return model
 
 
+@pytest.fixture(autouse=True)
+def _numbers_do_not_depend_on_other_tests() -> None:
+    RNG.bit_generator.state = np.random.default_rng(3).bit_generator.state
+
+
 def stab(z: np.ndarray) -> np.ndarray:
     return z + 1e-6 * np.where(z >= 0, 1, -1)
 
@@ -700,3 +705,17 @@ def test_a_mean_over_an_axis_0_that_is_no_batch() -> None:
     near(found, R[:, None] / 3 * sigmoid * (1 - sigmoid))
     found = ask(compile_model(model, dataclasses.replace(load("epsilon"), seed="one")), {"x": x, "target": R})
     near(found["relevance.x"], R[:, None] * sigmoid / sigmoid.sum(1, keepdims=True))
+
+
+def test_a_long_chain_of_sums_does_not_overflow() -> None:
+    """Forty summands around 1e3: all forty factors of the last one's share together would be 1e120."""
+    count, weights = 40, np.abs(normal(40, 4, 4))
+    sums = [f"s{i} = Add ({f's{i - 1}' if i > 1 else 'm0'}, m{i})" for i in range(1, count)]
+    nodes = "\n".join([*(f"m{i} = MatMul (x, w{i})" for i in range(count)), *sums, f"y = Identity (s{count - 1})"])
+    text = f"net (float[batch, 4] x) => (float[batch, 4] y) {{ {nodes} }}"
+    x, target = 1000 * np.abs(normal(2, 4)), np.array([[0, 1, 0, 0]], np.float32)
+    model = compile_model(parsed(text, **{f"w{i}": weights[i] for i in range(count)}), "epsilon")
+    found = ask(model, {"x": x, "target": target})["relevance.x"]
+    exact = x * weights.astype(float).sum(0)[:, 1]  # shares of sums and of linear layers cancel all between x and y
+    near(found, exact)
+    assert len(model.graph.node) < 20 * count  # shares of one sum are not written again for all below it
