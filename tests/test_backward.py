@@ -409,15 +409,16 @@ def test_gamma_needs_one_branch_only_where_that_is_exact(source: onnx.ModelProto
         assert len(again) == forward_passes, (layer, seed)
 
 
-def all_gamma(x: np.ndarray, target: np.ndarray, seed: str) -> np.ndarray:
-    def gamma(M: np.ndarray, a: np.ndarray, R: np.ndarray) -> np.ndarray:
-        z, share, out = M @ a, M * a, np.zeros(len(a))
-        for j in range(len(z)):
-            push = np.maximum if z[j] > 0 else np.minimum
-            each = share[j] + 0.3 * push(share[j], 0)
-            out += each / stab(np.array(each.sum())) * R[j]
-        return out
+def gamma(M: np.ndarray, a: np.ndarray, R: np.ndarray) -> np.ndarray:
+    z, share, out = M @ a, M * a, np.zeros(len(a))
+    for j in range(len(z)):
+        push = np.maximum if z[j] > 0 else np.minimum
+        each = share[j] + 0.3 * push(share[j], 0)
+        out += each / stab(np.array(each.sum())) * R[j]
+    return out
 
+
+def all_gamma(x: np.ndarray, target: np.ndarray, seed: str) -> np.ndarray:
     w = {name: array.astype(float) for name, array in W.items()}
     h = np.maximum(w["first"] @ x, 0)
     ra = np.maximum(w["a"] @ h, 0)
@@ -428,6 +429,25 @@ def all_gamma(x: np.ndarray, target: np.ndarray, seed: str) -> np.ndarray:
     R = gamma(w["last"], r, target * (logits if seed == "output" else 1))
     through = gamma(w["a"], h, gamma(w["b"], ra, bh / stab(total) * R))
     return gamma(w["first"], x, through + h / stab(total) * R)
+
+
+@pytest.mark.parametrize("high", [None, 6], ids=["relu", "relu6"])
+def test_a_start_below_a_rectifier_has_no_negative_part(high: int | None) -> None:
+    """The start is max(z, 0) below ReLU and ReLU6 alike, so that gamma's second half, left out there, is zero."""
+    source = residual() if high is None else clipped(residual(), 0, high)
+    gammas = load("epsilon_gamma_box(low=-3, high=3)")
+    lines = [
+        dataclasses.replace(line, rule="gamma", parameters={"gamma": 0.3}) if line.rule in ("epsilon", "zbox") else line
+        for line in gammas.lines
+    ]
+    model = compile_model(source, dataclasses.replace(gammas, lines=tuple(lines)), start=["a"], start_from="activation")
+    w = {name: array.astype(float) for name, array in W.items()}
+    h = np.clip(w["first"] @ X[0], 0, high)
+    z = w["a"] @ h
+    assert (z < 0).any()
+    assert (z > 0).any()
+    R = ask(model, {"x": X, "seed.a": np.ones((1, N_MID), np.float32)})["relevance.x"]
+    near(R[0], gamma(w["first"], X[0].astype(float), gamma(w["a"], h, np.maximum(z, 0))))
 
 
 def test_dynamic_sizes_answer_for_every_size() -> None:
