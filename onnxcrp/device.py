@@ -68,6 +68,17 @@ def taken(name: str, value: Any) -> DeviceArray:
         raise InputError(f"input {name} cannot be taken by DLPack: {reason}", hint="x.detach().contiguous()") from error
 
 
+def owned(array: np.ndarray | DeviceArray) -> np.ndarray | DeviceArray:
+    """An array that its caller may overwrite from now on: a copy of what lies on the host; the rest as it is."""
+    if isinstance(array, np.ndarray):
+        return array.copy()
+    if array.value.device_name() != "cpu":
+        return array
+    import onnxruntime
+
+    return DeviceArray(onnxruntime.OrtValue.ortvalue_from_numpy(array.numpy().copy()))
+
+
 def on_host(name: str, value: Any) -> Any:
     """What numpy can read: arrays of other devices as copies, the rest as it is."""
     if not is_device_array(value):

@@ -297,8 +297,8 @@ class Explainer:
         """Samples whose forward pass is kept on the device: `explainer.at(x).explain(target, conditions=...)`.
 
         Questions are those of `explain`, as often as you like: the forward pass runs once, what all questions of a set
-        of layers share runs once for the set. Raises InputError, and QuestionError where conditions share no forward
-        pass.
+        of layers share runs once for the set. Arrays of the host are copied, what lies on another device must stay as
+        it is. Raises InputError, and QuestionError where conditions share no forward pass.
         """
         from onnxcrp.kept import Kept
 

@@ -208,9 +208,9 @@ class Facts:
         return below
 
     def only_relu(self, name: str) -> bool:
-        """Whether ReLU alone reads a tensor, so that nothing of it counts below zero."""
+        """Whether ReLU (or ReLU6) alone reads a tensor, so that nothing of it counts below zero."""
         readers = self.readers.get(name, [])
-        return bool(readers) and all(reader.op == "Relu" for reader in readers)
+        return bool(readers) and all(map(rectifies, readers))
 
     # ---- sign, depth -------------------------------------------------------------------------------------------
     @cached_property

@@ -11,6 +11,7 @@ zero is a symbolic zero: it swallows products, vanishes from sums and never beco
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,13 +43,15 @@ class Product:
 
     @property
     def factor(self) -> Value:
-        """Factors over divisors as one value, computed once for all questions."""
-        factor = self.message.graph.as_value(1.0)
-        for each in self.factors:
-            factor = factor * each
-        for each in self.divisors:
-            factor = factor / each
-        return factor
+        """Factors over divisors as one value, computed once for all questions.
+
+        Each factor over its divisor: along a chain of sums these are shares, while all factors together would overflow.
+        """
+        found = self.message.graph.as_value(1.0)
+        for factor, divisor in itertools.zip_longest(self.factors, self.divisors):
+            found = found if factor is None else found * factor
+            found = found if divisor is None else found / divisor
+        return found
 
     def shared(self, other: Product) -> tuple[Product, Product, Product] | None:
         """What two products have in common (as a product of nothing), and what is left of each; None if not worth it.

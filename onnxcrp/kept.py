@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from onnxcrp.device import owned
 from onnxcrp.errors import QuestionError
 from onnxcrp.question import Asked
 from onnxcrp.relevance import Plan, Program, RelevanceModels
@@ -21,13 +22,14 @@ class Kept:
     Made by `Explainer.at`. Thread-safe. Raises QuestionError for models whose conditions do not share a forward pass.
     """
 
-    def __init__(self, models: RelevanceModels, feeds: dict[str, np.ndarray], batch: int, memory_limit: int) -> None:
+    def __init__(self, models: RelevanceModels, feeds: dict[str, Any], batch: int, memory_limit: int) -> None:
         if models.fixed is not None or not models.facts.shares_forward:
             raise QuestionError(
                 "no forward pass can be kept: samples and conditions do not share one in this model",
                 hint="explain; `onnxcrp inspect` says where axis 0 is not the batch",
             )
-        self.models, self.feeds, self.batch, self.memory_limit = models, feeds, batch, memory_limit
+        self.models, self.batch, self.memory_limit = models, batch, memory_limit
+        self.feeds: dict[str, Any] = {name: owned(array) for name, array in feeds.items()}  # read by every question
         self._lock = threading.Lock()
         self._activations: dict[int, dict[str, Any]] = {}  # sample -> OrtValues
         self._factors: dict[tuple[int, Plan], dict[str, Any]] = {}

@@ -46,10 +46,13 @@ def load_plugin(path: str | os.PathLike[str]) -> ModuleType:
     if file.suffix != ".py":
         raise PluginError(f"plugin {str(path)!r} is no .py file", hint="a Python file that calls onnxcrp.transpose")
     file = file.resolve()
-    if file in _files:
-        return _files[file]
     with _lock:
-        return _run(file, str(path))
+        return _files[file] if file in _files else _run(file, str(path))
+
+
+def loaded() -> list[str]:
+    """The plugin files that were run, in order."""
+    return [os.fspath(file) for file in _files]
 
 
 def _run(file: Path, shown: str) -> ModuleType:
@@ -154,4 +157,4 @@ def _line(error: Exception, file: Path | None) -> str:
     return f"{where}{type(error).__name__}" + (f": {said}" if said else "")
 
 
-__all__ = ["GROUP", "discover", "load_plugin"]
+__all__ = ["GROUP", "discover", "load_plugin", "loaded"]

@@ -57,6 +57,11 @@ def residual(extra: str = "") -> onnx.ModelProto:
     return model
 
 
+@pytest.fixture(autouse=True)
+def _numbers_do_not_depend_on_other_tests() -> None:
+    RNG.bit_generator.state = np.random.default_rng(3).bit_generator.state
+
+
 def stab(z: np.ndarray) -> np.ndarray:
     return z + 1e-6 * np.where(z >= 0, 1, -1)
 
@@ -404,15 +409,16 @@ def test_gamma_needs_one_branch_only_where_that_is_exact(source: onnx.ModelProto
         assert len(again) == forward_passes, (layer, seed)
 
 
-def all_gamma(x: np.ndarray, target: np.ndarray, seed: str) -> np.ndarray:
-    def gamma(M: np.ndarray, a: np.ndarray, R: np.ndarray) -> np.ndarray:
-        z, share, out = M @ a, M * a, np.zeros(len(a))
-        for j in range(len(z)):
-            push = np.maximum if z[j] > 0 else np.minimum
-            each = share[j] + 0.3 * push(share[j], 0)
-            out += each / stab(np.array(each.sum())) * R[j]
-        return out
+def gamma(M: np.ndarray, a: np.ndarray, R: np.ndarray) -> np.ndarray:
+    z, share, out = M @ a, M * a, np.zeros(len(a))
+    for j in range(len(z)):
+        push = np.maximum if z[j] > 0 else np.minimum
+        each = share[j] + 0.3 * push(share[j], 0)
+        out += each / stab(np.array(each.sum())) * R[j]
+    return out
 
+
+def all_gamma(x: np.ndarray, target: np.ndarray, seed: str) -> np.ndarray:
     w = {name: array.astype(float) for name, array in W.items()}
     h = np.maximum(w["first"] @ x, 0)
     ra = np.maximum(w["a"] @ h, 0)
@@ -423,6 +429,25 @@ def all_gamma(x: np.ndarray, target: np.ndarray, seed: str) -> np.ndarray:
     R = gamma(w["last"], r, target * (logits if seed == "output" else 1))
     through = gamma(w["a"], h, gamma(w["b"], ra, bh / stab(total) * R))
     return gamma(w["first"], x, through + h / stab(total) * R)
+
+
+@pytest.mark.parametrize("high", [None, 6], ids=["relu", "relu6"])
+def test_a_start_below_a_rectifier_has_no_negative_part(high: int | None) -> None:
+    """The start is max(z, 0) below ReLU and ReLU6 alike, so that gamma's second half, left out there, is zero."""
+    source = residual() if high is None else clipped(residual(), 0, high)
+    gammas = load("epsilon_gamma_box(low=-3, high=3)")
+    lines = [
+        dataclasses.replace(line, rule="gamma", parameters={"gamma": 0.3}) if line.rule in ("epsilon", "zbox") else line
+        for line in gammas.lines
+    ]
+    model = compile_model(source, dataclasses.replace(gammas, lines=tuple(lines)), start=["a"], start_from="activation")
+    w = {name: array.astype(float) for name, array in W.items()}
+    h = np.clip(w["first"] @ X[0], 0, high)
+    z = w["a"] @ h
+    assert (z < 0).any()
+    assert (z > 0).any()
+    R = ask(model, {"x": X, "seed.a": np.ones((1, N_MID), np.float32)})["relevance.x"]
+    near(R[0], gamma(w["first"], X[0].astype(float), gamma(w["a"], h, np.maximum(z, 0))))
 
 
 def test_dynamic_sizes_answer_for_every_size() -> None:
@@ -700,3 +725,17 @@ def test_a_mean_over_an_axis_0_that_is_no_batch() -> None:
     near(found, R[:, None] / 3 * sigmoid * (1 - sigmoid))
     found = ask(compile_model(model, dataclasses.replace(load("epsilon"), seed="one")), {"x": x, "target": R})
     near(found["relevance.x"], R[:, None] * sigmoid / sigmoid.sum(1, keepdims=True))
+
+
+def test_a_long_chain_of_sums_does_not_overflow() -> None:
+    """Forty summands around 1e3: all forty factors of the last one's share together would be 1e120."""
+    count, weights = 40, np.abs(normal(40, 4, 4))
+    sums = [f"s{i} = Add ({f's{i - 1}' if i > 1 else 'm0'}, m{i})" for i in range(1, count)]
+    nodes = "\n".join([*(f"m{i} = MatMul (x, w{i})" for i in range(count)), *sums, f"y = Identity (s{count - 1})"])
+    text = f"net (float[batch, 4] x) => (float[batch, 4] y) {{ {nodes} }}"
+    x, target = 1000 * np.abs(normal(2, 4)), np.array([[0, 1, 0, 0]], np.float32)
+    model = compile_model(parsed(text, **{f"w{i}": weights[i] for i in range(count)}), "epsilon")
+    found = ask(model, {"x": x, "target": target})["relevance.x"]
+    exact = x * weights.astype(float).sum(0)[:, 1]  # shares of sums and of linear layers cancel all between x and y
+    near(found, exact)
+    assert len(model.graph.node) < 20 * count  # shares of one sum are not written again for all below it

@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -105,6 +106,18 @@ def test_the_compiled_model_runs_without_us(page: Path) -> None:
     session = onnxruntime.InferenceSession("relevance.onnx", providers=["CPUExecutionProvider"])
     (R,) = session.run(["relevance.x"], {"x": X, "target": np.array([[1, 0]], np.float32)})
     np.testing.assert_allclose(R, by_hand(X.astype(np.float64))[None], rtol=1e-5)
+
+
+def test_bench_measures_memory_with_the_plugin(page: Path) -> None:
+    """In a process of its own, which has to run the plugin as well."""
+    told = ask("bench", "prototypes.onnx", "--plugin", "acme.py", "-c", "prototypes.toml", "--rounds", "1", "--json")
+    assert json.loads(told.stdout)["memory"]["one heatmap"] > 0
+
+
+def test_plugins_are_run_once_by_many_threads(page: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        modules = list(pool.map(onnxcrp.load_plugin, ["acme.py"] * 8))
+    assert all(module is modules[0] for module in modules)
 
 
 def test_local_functions_beside_a_claimed_one_are_inlined_or_carried_along() -> None:

@@ -151,6 +151,19 @@ def test_a_batch_that_cannot_be_freed_runs_in_its_size(net, tmp_path, target):
     assert index.manifest["rows"] == free.manifest["rows"]
 
 
+def test_a_quantized_model_is_run_as_explain_runs_it(tmp_path):
+    """The runtime's fusions would move activations by whole steps."""
+    with np.load(ROOT / "fixtures" / "shapes" / "samples.npz") as stored:
+        x, labels = stored["images"][:12], stored["labels"][:12]
+    net, layers = ROOT / "fixtures" / "int8" / "net.onnx", ["layer1.0.conv2", "layer3.0.conv2"]
+    index = build(net, (x, labels), tmp_path / "i", layers=layers, **SMALL)
+    rows = brute_force(net, x, {i: [labels[i]] for i in range(12)}, layers)
+    for (layer, criterion, aggregate), of_layer in rows.items():
+        best = np.sort([scores for _, _, scores, _ in of_layer], axis=0)[::-1][:6]
+        found = index.references(layer, criterion, aggregate)
+        np.testing.assert_allclose(found.score.T, best, rtol=1e-5, atol=1e-6)
+
+
 def test_fewer_criteria_and_layers(net, tmp_path):
     data = indexes.data(12)
     index = build(net, data, tmp_path / "i", layers="sec*", criteria="actmax", aggregate="max", **SMALL)

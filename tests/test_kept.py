@@ -139,6 +139,22 @@ def test_the_forward_pass_runs_once_for_every_sample(monkeypatch):
     assert calls == [1, 1]
 
 
+@pytest.mark.parametrize("torch_tensor", [False, True], ids=["numpy", "torch"])
+def test_what_is_kept_stays_when_the_array_is_overwritten(torch_tensor):
+    """A buffer that the next frame goes into: later questions are still about the sample that was given."""
+    explainer = Explainer(FIXTURES / "digits" / "net.onnx", "epsilon")
+    ((_, shape),) = explainer.inputs.values()
+    x = np.random.default_rng(0).random((1, *shape[1:]), np.float32)
+    question = {"target": 1, "seed": "abs", "conditions": [{"features.5": [1]}]}
+    want = explainer.explain(x, **question).heatmap
+    buffer = pytest.importorskip("torch").from_numpy(x) if torch_tensor else x
+    kept = explainer.at(buffer)
+    kept.explain(2, seed="abs")
+    x[:] = 0.3  # which the tensor shares
+    have = kept.explain(**question).heatmap
+    assert np.linalg.norm(have - want) <= 1e-5 * np.linalg.norm(want)
+
+
 def test_many_threads(shapes):
     explainer, x, _ = shapes
     kept, found = explainer.at(x[:1]), {}

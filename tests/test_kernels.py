@@ -191,6 +191,37 @@ def test_a_machine_spelled_in_standard_operators_is_one_node(spelling: str) -> N
     )
 
 
+def test_machines_that_share_their_vectors_and_go_on() -> None:
+    """Two machines of one V, which a third branch reads in its own shape, and their sum: nothing gets lost or mixed."""
+    machine = """d{0} = Sub (apart, V) s{0} = Mul (d{0}, d{0}) q{0} = ReduceSum <keepdims = 0> (s{0}, last)
+        e{0} = Mul (q{0}, g) K{0} = Exp (e{0}) f{0} = MatMul (K{0}, alpha{0})"""
+    model = onnx.parser.parse_model(f"""
+        <ir_version: 10, opset_import: ["" : 18]>
+        machines (float[N, 4] x) => (float[N, 1] y, float[N, {S}, 4] z) <float g = {{{-GAMMA}}}>
+        {{
+            one = Constant <value = int64[1] {{1}}> ()
+            last = Constant <value = int64[1] {{-1}}> ()
+            apart = Unsqueeze (x, one)
+            z = Add (apart, V)
+            {machine.format(1)} {machine.format(2)}
+            y = Add (f1, f2)
+        }}
+    """)
+    alphas = {"alpha1": ALPHA, "alpha2": np.abs(ALPHA[::-1])}
+    for name, array in {"V": V[None], **{name: alpha[:, None] for name, alpha in alphas.items()}}.items():
+        model.graph.initializer.append(onnx.numpy_helper.from_array(array.astype(np.float32), name))
+    explainer = onnxcrp.Explainer(model, "epsilon(reference='boundary', stabilizer=1e-12)", output="y")
+    assert [node.op for node in explainer.canonical.graph.nodes].count("Kernel") == 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", onnxcrp.NegativeLogitWarning)
+        result = explainer.explain(X.astype(np.float32), target=0)
+    machines = [function(rbf, alpha, 0.0) for alpha in alphas.values()]
+    np.testing.assert_allclose(result.output[:, 0], [sum(f(x) for f in machines) for x in X], rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(result.outputs["z"], X[:, None] + V, rtol=1e-5, atol=1e-6)
+    expected = [sum(f(x) * (g := derivative(f, x)) * g / (g @ g) for f in machines) for x in X]  # each its own share
+    np.testing.assert_allclose(result.relevance["x"], expected, rtol=1e-3, atol=1e-5)
+
+
 def test_a_kernel_that_something_else_reads_stays_in_parts() -> None:
     model = intersection()
     model.graph.output.append(oh.make_tensor_value_info("K", onnx.TensorProto.FLOAT, ["N", S]))

@@ -121,6 +121,7 @@ def bench(
     from onnxcrp.analysis.verify import sample
     from onnxcrp.canonize import canonize
     from onnxcrp.explainer import Explainer
+    from onnxcrp.plugins import loaded
     from onnxcrp.session import Session
 
     progress("compiling")
@@ -155,7 +156,12 @@ def bench(
         found.steps[many] = steps(explainer.facts, explainer.profile(feeds, conditions=asked, **question))
     found.reasons = reasons(explainer.inspect(), found)
     if alone:
-        spec = {"composite": explainer.composite.text, "options": {**options, "preprocessing": None}, "layer": layer}
+        spec = {
+            "plugins": loaded(),
+            "composite": explainer.composite.text,
+            "options": {**options, "preprocessing": None},
+            "layer": layer,
+        }
         for what in (HEATMAP, *([many] if len(asked) > 1 else [])):
             progress(f"memory of {what}")
             count = 0 if what == HEATMAP else len(asked)
@@ -341,8 +347,11 @@ def _child(spec: Mapping[str, Any], arrays: str) -> dict[str, Any]:
 
     from onnxcrp.canonize import canonize
     from onnxcrp.explainer import Explainer
+    from onnxcrp.plugins import load_plugin
 
     lap("import")
+    for path in spec["plugins"]:
+        load_plugin(path)
     canonical = canonize(spec["model"])
     lap("canonize")
     with tempfile.TemporaryDirectory(prefix="onnxcrp-") as folder:

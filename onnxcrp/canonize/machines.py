@@ -16,6 +16,7 @@ import onnx_graphsurgeon as gs
 
 from onnxcrp.canonize.edit import (
     DOMAIN,
+    Names,
     describe,
     detach,
     insert,
@@ -33,7 +34,8 @@ from onnxcrp.canonize.report import PassReport
 def fuse_kernels(graph: gs.Graph) -> PassReport:
     """Fuse the patterns above; nothing else is touched."""
     report = PassReport("kernel machines")
-    pins = pinned(graph)
+    pins, names = pinned(graph), Names(graph)
+    flat: dict[str, gs.Constant] = {}
     for node in list(graph.nodes):
         if node.op != "Linear" or not node.inputs or rank(node.inputs[0]) != 2:
             continue
@@ -41,12 +43,16 @@ def fuse_kernels(graph: gs.Graph) -> PassReport:
         if found is None:
             continue
         op, attrs, x, vectors = found
+        if vectors.values.ndim > 2:  # others may read them as they are
+            if vectors.name not in flat:
+                matrix = vectors.values.reshape(vectors.values.shape[-2:])
+                flat[vectors.name] = gs.Constant(names.fresh(f"{vectors.name}/matrix"), np.ascontiguousarray(matrix))
+            vectors = flat[vectors.name]
         old, output = describe(node), node.outputs[0]
         machine = gs.Node(op, node.name, attrs, [x, vectors, *node.inputs[1:]], domain=DOMAIN)
-        set_output(machine, output)
-        list.clear(node.outputs)
-        insert(graph, {id(node): ([], [machine])})
         detach(node)
+        set_output(machine, output)
+        insert(graph, {id(node): ([], [machine])})
         report.done.append(f"{old} and the kernel before it: {op}, {attrs['kind']}, {len(vectors.values)} vectors")
     prune(graph)
     return report
@@ -124,7 +130,7 @@ def _difference(node: gs.Node | None, pins: set[str]) -> tuple[gs.Tensor, gs.Con
 
 
 def _pair(node: gs.Node) -> tuple[gs.Tensor, gs.Constant] | None:
-    """x [N, D] and V [S, D] of a node of x [N, 1, D] and a constant V, in either order."""
+    """x [N, D] and V [S, D] or [1, S, D] of a node of x [N, 1, D] and a constant V, in either order."""
     for at in (0, 1):
         vectors, apart = value(node, 1 - at), producer(node.inputs[at])
         if vectors is None or vectors.ndim < 2 or vectors[..., 0, 0].size != 1:
@@ -136,6 +142,5 @@ def _pair(node: gs.Node) -> tuple[gs.Tensor, gs.Constant] | None:
             continue
         if apart.inputs[0].shape[1] != shape[2]:
             continue
-        flat = np.ascontiguousarray(vectors.reshape(vectors.shape[-2:]))
-        return apart.inputs[0], gs.Constant(node.inputs[1 - at].name, flat)
+        return apart.inputs[0], node.inputs[1 - at]
     return None

@@ -121,6 +121,8 @@ class Reducer:
         self.fixed = models.fixed
         self.input = next(iter(models.inputs))
         options: dict[str, Any] = {"output": explainer.facts.output, **models._compile_options, "inputs": ()}
+        options["store_weights"] = models.is_quantized
+        start = partial(Session, providers=providers, optimize=not models.is_quantized)  # as Explainer runs them
         relevance = compile(
             explainer.canonical,
             explainer.composite,
@@ -138,11 +140,11 @@ class Reducer:
         if target == "predicted":
             _predict_inside(relevance, self.target_input, self.explained)
         self.streams, each = streams(threads) if chosen(providers)[0][0] == CPU else (1, threads)
-        self.session = Session(relevance, providers, threads=each)
+        self.session = start(relevance, threads=each)
         self.forward = None
         if self.most > 1 and target != "all":
             plain = compile(explainer.canonical, explainer.composite, **options)
-            self.forward = Session(plain, providers, threads=threads)
+            self.forward = start(plain, threads=threads)
 
     def runs(self, samples: np.ndarray, x: np.ndarray, labels: np.ndarray) -> Iterator[Callable[[], Scores]]:
         """Scores of samples [B] with inputs x [B, ...] and labels [B]: the runs that find them, for any thread."""
