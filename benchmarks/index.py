@@ -168,7 +168,7 @@ def signals(model: str, data: str, out: str) -> dict[str, float]:
         private = max(private, private_memory())
 
     begin = time.perf_counter()
-    index = build(model, data, out, target="predicted", progress=look)
+    index = build(model, data, out, target="predicted", checkpoint=1, progress=look)
     return {"seconds": time.perf_counter() - begin, "samples": index.manifest["samples"], "private": private}
 
 

@@ -78,7 +78,11 @@ def build(name: str) -> Any:
     from tests.support.nets import ECGNet, randomise
 
     torch.manual_seed(0)
+    torch.backends.mha.set_fastpath_enabled(False)  # which no exporter knows
     net = (ECGNet() if name == "ecg" else getattr(torchvision.models, name)(weights=None)).eval().requires_grad_(False)
+    for parameter in net.parameters():
+        if parameter.ndim == 2 and not parameter.any():  # ViT starts with a head of zeros
+            torch.nn.init.normal_(parameter, std=0.02)
     if NETS[name].channels_first:
         randomise(net, torch.from_numpy(sample(name)).repeat(2, *[1] * len(NETS[name].shape)), scale=3.0)
     return net

@@ -145,9 +145,9 @@ class Lists:
             best = keys.min(axis=1)
             worst = self.key[pairs, -1] if self.key.shape[1] == self.k else EMPTY
             better = best <= worst if self.targets else best < worst  # of equal keys the smaller target stays
-            chosen = which[owner[better]]
+            keys, chosen = _foremost(keys[better], which[owner[better]], np.broadcast_to(worst, best.shape)[better])
             columns = (places[chosen, channel[better]], targets[chosen])
-            self._insert(pairs[better], keys[better], columns[0], columns[1] if self.targets else None)
+            self._insert(pairs[better], keys, columns[0], columns[1] if self.targets else None)
 
     def _insert(self, pairs: np.ndarray, key: np.ndarray, position: np.ndarray, target: np.ndarray | None) -> None:
         """Candidates [pairs, m] into the lists of these pairs (each once)."""
@@ -198,6 +198,15 @@ class Lists:
         score, sample = decode(self.key)
         full = self.key != EMPTY
         self.key[full] = encode(score[full], offset[sample[full]])
+
+
+def _foremost(keys: np.ndarray, rows: np.ndarray, worst: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of candidates [pairs, n] as many columns as hold all that may enter lists that end with `worst` [pairs]."""
+    most = int((keys <= worst[:, None]).sum(axis=1).max(initial=0))
+    if 2 * most > keys.shape[1] or not most:
+        return keys, rows
+    first = np.argpartition(keys, most - 1, axis=1)[:, :most]
+    return np.take_along_axis(keys, first, 1), np.take_along_axis(rows, first, 1)
 
 
 # ------------------------------------------------------------------------------------------------------------- moments
