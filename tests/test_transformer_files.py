@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from click.testing import CliRunner
 
@@ -149,6 +150,19 @@ def test_files_that_onnxruntime_optimized(name: str, kind: str, heads: int, tmp_
     plain, other = (Explainer(model, "attnlrp").explain(feeds, "top") for model in (path, fused))
     for key, R in plain.relevance.items():
         assert distance(other.relevance[key], R) < 1e-5
+
+
+def test_attention_as_one_operator_of_the_standard(tmp_path: Path) -> None:
+    """Opset 23 has Attention; the relevance is that of the decomposed form, which test_attention.py holds to formulas."""
+    net = transformers.build("vit")
+    whole, apart = (tmp_path / name for name in ("whole", "apart"))
+    for folder in (whole, apart):
+        folder.mkdir()
+    paths = transformers.export(net, "dynamo", whole, opset=23), transformers.export(net, "torchscript", apart)
+    assert "Attention" in {node.op_type for node in onnx.load(paths[0]).graph.node}
+    feeds = {key: value.numpy() for key, value in net.example(2).items()}
+    one, other = (Explainer(path, "attnlrp").explain(feeds, "top").relevance["pixels"] for path in paths)
+    assert distance(one, other) < 1e-5
 
 
 @pytest.mark.parametrize("composite", ["epsilon_plus_flat", "epsilon"])
