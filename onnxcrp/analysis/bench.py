@@ -274,7 +274,7 @@ def reasons(known: Mapping[str, Any], found: Bench) -> list[str]:
             ),
             ("scatter or gather entries", [s for s in ran if s.op in SCATTER]),
             (
-                "are strided convolutions going back, which the CPU runs slower than convolutions",
+                "are ConvTranspose (strided layers going back), which the CPU runs slower than convolutions",
                 [s for s in ran if s.op == "ConvTranspose" and s.part == "backward" and s.provider == CPU],
             ),
             ("are changes of layout or device by the runtime", [s for s in ran if s.part == "layout"]),
