@@ -78,8 +78,10 @@ class Cache:
             path = self._entry("canonical", {"sha256": sha256})
             found = self._read(path, read_canonical)
             if found is not None:
+                found.stored = True
                 return found
         canonical = canonize(model)
+        canonical.stored = True
         path = self._entry("canonical", {"sha256": canonical.sha256})
         if not path.exists():
             self._store(path, lambda folder: write_canonical(canonical, folder))

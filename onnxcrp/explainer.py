@@ -67,7 +67,8 @@ class Explainer:
     `memory_limit`: bytes that one run may take, roughly; `cache_limit`: bytes of compiled relevance models to keep.
     `low`, `high` (or `preprocessing`: an object that has them, a preset or a file): the range of input values, for
     composites that need it. `cache`: a folder in which canonical and compiled models are kept for the next process
-    (None: what the environment variable ONNXCRP_CACHE names, False: none).
+    (None: what the environment variable ONNXCRP_CACHE names, False: none). A Canonical of one's own is not kept: no
+    digest says how it was made.
     Raises ModelError, CompositeError, QuestionError (no such output or input).
     """
 
@@ -130,7 +131,7 @@ class Explainer:
             },
             session_options={"providers": providers, "threads": threads, "allow_tf32": allow_tf32},
             cache_limit=cache_limit,
-            cache=stored,
+            cache=stored if self.canonical.stored else None,
         )
 
     # --- what the model is --------------------------------------------------------------------------------------------

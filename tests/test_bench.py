@@ -14,7 +14,7 @@ import pytest
 import onnxcrp
 from onnxcrp import Explainer
 from onnxcrp.analysis import bench as study
-from onnxcrp.analysis.bench import Bench, Step, bench, late_layer, layer_of, reasons
+from onnxcrp.analysis.bench import Bench, Step, Times, bench, late_layer, layer_of, reasons
 from onnxcrp.composite import load
 from onnxcrp.errors import OnnxcrpError, QuestionError
 from onnxcrp.profiling import NodeTime, merged, read_profile
@@ -45,6 +45,14 @@ def test_a_profile_is_read_call_by_call(tmp_path) -> None:
     assert a.seconds == pytest.approx(70e-6)  # (30 + 110) / 2
     assert (b.op, b.provider, b.seconds) == ("Relu", "CUDA", pytest.approx(4e-6))
     assert [node.seconds for node in merged([[a], [a, b]])] == pytest.approx([140e-6, 4e-6])
+
+
+def test_ratios_by_hand() -> None:
+    made = Bench("m", "c", {}, [CPU], None, 0)
+    made.times = {"forward pass": Times.of([1.0, 2.0, 4.0]), "one heatmap": Times.of([3.0, 10.0, 90.0])}
+    assert (made.ratio("one heatmap"), made.best("one heatmap")) == (5.0, 3.0)
+    assert made.times["one heatmap"].low == 6.5
+    assert made.to_dict()["ratios"]["one heatmap"] == {"median": 5.0, "fastest": 3.0}
 
 
 def test_a_file_that_is_no_profile(tmp_path) -> None:

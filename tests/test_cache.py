@@ -221,6 +221,19 @@ def test_where_the_cache_is(tmp_path, monkeypatch, nothing_is_made) -> None:
     np.testing.assert_array_equal(open_model(FIXTURES / "ecg" / "net.onnx")[0].explain(X, 1, seed="abs").heatmap, want)
 
 
+def test_a_canonical_model_of_ones_own_is_not_kept(tmp_path) -> None:
+    """Its source's digest does not say how it was made: this one has doubled weights."""
+    model = FIXTURES / "ecg" / "net.onnx"
+    want = ask(tmp_path, model)
+    own = canonize.canonize(model)
+    weight = next(node.inputs[1] for node in own.graph.nodes if node.op == "Conv")
+    weight.values = 2 * weight.values
+    before = files(tmp_path)
+    assert ask(tmp_path, own) == ask(False, own) != want
+    assert files(tmp_path) == before
+    assert ask(tmp_path, Cache(tmp_path).canonical(model)) == want
+
+
 def test_nothing_is_stored_while_a_plugin_is_registered(net, tmp_path, monkeypatch) -> None:
     monkeypatch.undo()
     registered = extended()

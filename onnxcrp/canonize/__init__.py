@@ -55,6 +55,7 @@ class Canonical:
     weights: dict[str, str] = field(default_factory=dict)  # node name -> "layer1.0.conv1.weight", where it has a name
     sources: dict[str, str] = field(default_factory=dict)  # node name -> op type in the file, where that is another
     metadata: dict[str, str] = field(default_factory=dict)  # metadata_props of the source
+    stored: bool = False  # handed out by a cache: what is compiled from it may be kept under its source's digest
 
     def to_onnx(self) -> onnx.ModelProto:
         """The canonical model in standard operators, opset >= 18, IR version 10."""

@@ -100,12 +100,18 @@ def _write(found: Bench, most: int) -> None:
     click.echo(f"  {about}, {', '.join(name.removesuffix('ExecutionProvider') for name in found.providers)}")
     unit = found.times["forward pass"].median
     rows = [
-        [name, f"{times.median * 1e3:.2f}", f"{times.median / unit:.2f}", f"{(times.high - times.low) / 2 / unit:.2f}"]
+        [
+            name,
+            f"{times.median * 1e3:.2f}",
+            f"{found.ratio(name):.2f}",
+            f"{(times.high - times.low) / 2 / unit:.2f}",
+            f"{found.best(name):.2f}",
+        ]
         for name, times in found.times.items()
     ]
     if found.each is not None:
-        rows.append(["each further condition", f"{found.each * unit * 1e3:.2f}", f"{found.each:.2f}"])
-    columns(rows, titles=["", "ms", "forward passes", "spread"])
+        rows.append(["each further condition", "", "", "", f"{found.each:.2f}"])
+    columns(rows, titles=["", "ms", "forward passes", "spread", "at best"])
     if found.layer:
         click.echo(f"  conditions: {found.conditions} channels of {found.layer}")
     if found.memory:
