@@ -479,4 +479,6 @@ def test_every_rule_is_tested_here() -> None:
     comparison = {"guided_backprop", "deconvnet", "beta_smooth"}
     elsewhere = {"half", "signal", "matmul", "softmax", "layernorm", "embedding"}  # test_attention.py
     elsewhere |= {"share", "taylor", "bag"}  # test_kernels.py, test_bags.py
-    assert {name for name, rule in RULES.items() if rule.function.__module__ == "onnxcrp.lrp"} == here | comparison | elsewhere
+    assert {
+        name for name, rule in RULES.items() if rule.function.__module__ == "onnxcrp.lrp"
+    } == here | comparison | elsewhere
