@@ -12,6 +12,7 @@ pytest.importorskip("pyarrow", reason="the index needs the extra [index]")
 
 from onnxcrp.errors import InputError, OnnxcrpError  # noqa: E402
 from onnxcrp.index import build  # noqa: E402
+from onnxcrp.index.on_ray import share  # noqa: E402
 from tests.support import indexes  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of Ray itself
@@ -73,6 +74,22 @@ def test_a_build_that_was_stopped_goes_on_with_ray(local_ray, net, whole, tmp_pa
     )
     assert seen[0][0] > 100
     assert indexes.tables(index) == indexes.tables(whole)
+
+
+@pytest.mark.parametrize(
+    ("asked", "gpus", "cpus", "threads", "count", "reserves"),
+    [
+        (None, 0, 8, 1, 8, {"num_cpus": 1}),
+        (None, 0, 8, 4, 2, {"num_cpus": 4}),
+        (None, 0, 2, 4, 1, {"num_cpus": 2}),
+        (3, 0, 8, 4, 3, {"num_cpus": 2}),
+        (3, 0, 2, 1, 3, {"num_cpus": 0.6666}),
+        (None, 4, 64, 1, 4, {"num_gpus": 1}),
+        (8, 4, 64, 1, 8, {"num_gpus": 0.5}),
+    ],
+)
+def test_actors_reserve_what_there_is(asked, gpus, cpus, threads, count, reserves):
+    assert share(asked, gpus, cpus, threads) == (count, reserves)
 
 
 def test_more_actors_than_cores_share_them(local_ray, net, whole, tmp_path):

@@ -80,7 +80,8 @@ def run_on_ray(
     before = set(part_folders(parts))
     resources = ray.cluster_resources()
     gpus = int(resources.get("GPU", 0)) if work.recipe.providers is None else 0
-    count, options = _actors(actors, gpus, int(resources.get("CPU", 1)))
+    threads = work.recipe.threads or 1
+    count, options = share(actors, gpus, int(resources.get("CPU", 1)), threads)
     recipe = dataclasses.replace(
         work.recipe,
         model=_absolute(work.recipe.model),
@@ -88,7 +89,7 @@ def run_on_ray(
         labels=_absolute(work.recipe.labels),
         composite=work.explainer.composite,
         preprocess=work.port.preprocessing,
-        threads=work.recipe.threads or 1,
+        threads=threads,
     )
     Actor = ray.remote(Worker)
 
@@ -142,14 +143,12 @@ def run_on_ray(
     return state
 
 
-def _actors(asked: int | None, gpus: int, cpus: int) -> tuple[int, dict[str, Any]]:
-    """How many actors, and what each reserves: a device or core of its own, or its share of fewer."""
-    kind, there = ("num_gpus", gpus) if gpus else ("num_cpus", max(cpus, 1))
-    count = asked or there
-    share = min(
-        1.0, there * 10_000 // count / 10_000
-    )  # Ray counts in ten-thousandths; what asks for more waits for ever
-    return count, {kind: share}
+def share(asked: int | None, gpus: int, cpus: int, threads: int) -> tuple[int, dict[str, float]]:
+    """How many actors, and what each reserves: a GPU, or `threads` cores; less where that many would not fit."""
+    kind, there, each = ("num_gpus", gpus, 1) if gpus else ("num_cpus", max(cpus, 1), threads)
+    count = asked or max(1, there // each)
+    least = there // count or there * 10_000 // count / 10_000  # Ray counts so: whole above 1, ten-thousandths below
+    return count, {kind: min(each, least)}
 
 
 def _absolute(data: Any) -> Any:
