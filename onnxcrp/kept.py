@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from onnxcrp.device import owned
-from onnxcrp.errors import QuestionError
+from onnxcrp.errors import CompositeError, QuestionError, UnsupportedError
 from onnxcrp.question import Asked
 from onnxcrp.relevance import Plan, Program, RelevanceModels
 from onnxcrp.result import Result
@@ -70,7 +70,10 @@ class _Run(Run):
 
     def forward(self) -> np.ndarray:
         """The explained output [B, ...]."""
-        program = self.models.program(self.models.everything, staged=True)
+        try:
+            program = self.models.program(self.models.everything, staged=True)
+        except (CompositeError, UnsupportedError):  # no relevance comes to the inputs; to layers it may
+            program = self.models.program(Plan(), staged=True)
         return np.concatenate([self.kept.known(program, row)[program.explained].numpy() for row in range(self.batch)])
 
     def all(self, asked: Asked) -> Result:

@@ -14,7 +14,7 @@ import numpy as np
 
 from onnxcrp.condition import mask
 from onnxcrp.device import is_device_array
-from onnxcrp.errors import InputError, QuestionError
+from onnxcrp.errors import CompositeError, InputError, QuestionError, UnsupportedError
 from onnxcrp.inputs import check_array, check_device_array
 from onnxcrp.stages import Staged, split
 
@@ -160,6 +160,11 @@ class RelevanceModels:
         """Whether it holds recurrent layers written out: looking for fusions in so many small nodes does not pay."""
         return any(report.name == "unroll recurrent layers" and report.done for report in self.canonical.reports)
 
+    @property
+    def optimization(self) -> bool | str:
+        """How far the runtime may optimise the graph of a Session: all the way, unless one of these says no."""
+        return not self.is_quantized and ("basic" if self.is_unrolled else True)
+
     def is_batched(self, name: str) -> bool:
         """Whether axis 0 of this input counts samples."""
         shape = self.inputs[name][1]
@@ -215,8 +220,12 @@ class RelevanceModels:
 
     @cached_property
     def _activations(self) -> list[str]:
-        """What the backward pass of that question reads of the forward pass."""
-        whole = split(model := self._write(self.everything), _questions(model))
+        """What the backward pass of that question reads of the forward pass; nothing where it has no answer."""
+        try:
+            model = self._write(self.everything)
+        except (CompositeError, UnsupportedError):  # relevance of some layers may be had all the same
+            return []
+        whole = split(model, _questions(model))
         return [*whole.factors.reads, *whole.messages.reads]
 
     def sessions(self) -> list[Any]:
@@ -274,7 +283,7 @@ class RelevanceModels:
         """A session as the caller of this class wants them."""
         from onnxcrp.session import Session
 
-        level = optimize and not self.is_quantized and ("basic" if self.is_unrolled else True)
+        level = optimize and self.optimization
         options = self._session_options
         return Session(model, optimize=level, optimized=optimized, plan_memory=plan_memory, **options)
 

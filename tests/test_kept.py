@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 import onnxcrp
 from onnxcrp import Explainer
 from onnxcrp.canonize.load import names_read
-from onnxcrp.errors import InputError, QuestionError
+from onnxcrp.errors import InputError, QuestionError, UnsupportedError
 from onnxcrp.result import NegativeLogitWarning
 from onnxcrp.stages import Staged, split
 
@@ -153,6 +153,26 @@ def test_what_is_kept_stays_when_the_array_is_overwritten(torch_tensor):
     x[:] = 0.3  # which the tensor shares
     have = kept.explain(**question).heatmap
     assert np.linalg.norm(have - want) <= 1e-5 * np.linalg.norm(want)
+
+
+def test_layers_above_what_has_no_transpose_can_be_asked_about():
+    weights = np.random.default_rng(0).normal(size=(4, 5)).astype(np.float32)
+    nodes = [
+        helper.make_node("Det", ["x"], ["d"]),
+        helper.make_node("Gemm", ["d", "w"], ["y"], name="y"),
+        helper.make_node("Softmax", ["y"], ["p"]),
+    ]
+    ports = [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 4, 2, 2])]
+    ends = [helper.make_tensor_value_info("p", TensorProto.FLOAT, ["N", 5])]
+    graph = helper.make_graph(nodes, "g", ports, ends, [numpy_helper.from_array(weights, "w")])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+    explainer = Explainer(model, "epsilon")
+    x = np.random.default_rng(1).normal(size=(2, 4, 2, 2)).astype(np.float32)
+    have = explainer.at(x).explain("top", record=["y"], inputs=())
+    z = np.linalg.det(x.astype(float)) @ weights
+    np.testing.assert_allclose(have.relevance["y"], np.where(z == z.max(1, keepdims=True), z, 0), rtol=1e-4, atol=1e-6)
+    with pytest.raises(UnsupportedError, match="Det"):
+        explainer.at(x).explain("top", seed="abs")
 
 
 def test_many_threads(shapes):

@@ -122,7 +122,7 @@ class Reducer:
         self.input = next(iter(models.inputs))
         options: dict[str, Any] = {"output": explainer.facts.output, **models._compile_options, "inputs": ()}
         options["store_weights"] = models.is_quantized
-        start = partial(Session, providers=providers, optimize=not models.is_quantized)  # as Explainer runs them
+        start = partial(Session, providers=providers, optimize=models.optimization)
         relevance = compile(
             explainer.canonical,
             explainer.composite,
