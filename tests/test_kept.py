@@ -92,6 +92,15 @@ def test_every_node_has_one_stage(name):
     assert set(stages.forward.reads) == {port.name for port in model.graph.input} - asking
 
 
+def test_where_strides_put_entries_is_no_question():
+    """A strided shortcut spreads its message by copies times zeros and ones: these are the same for all questions."""
+    model = onnxcrp.compile(FIXTURES / "shapes" / "net.onnx", masks="required")
+    names = json.loads(next(entry.value for entry in model.metadata_props if entry.key == "onnxcrp.map"))
+    asked = [n for n in split(model, {names["target"]}).messages.nodes if n.name.startswith("R/layer2.0.downsample.0/")]
+    assert {node.op_type for node in asked} >= {"Conv", "Resize"}
+    assert not {node.op_type for node in asked} & {"ConvTranspose", "Shape", "Expand"}
+
+
 @pytest.fixture(scope="module")
 def shapes():
     explainer = Explainer(FIXTURES / "shapes" / "net.onnx")

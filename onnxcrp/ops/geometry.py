@@ -106,11 +106,12 @@ def spaced(op: Graph, node: Node, s: Value, strides: Sequence[int]) -> Value:
     Every entry is copied over its whole stride, and a factor of zeros and ones keeps the first copy: it merges with the
     other factors of the message, so that the zeros cost nothing of their own.
     """
-    n = len(strides)
+    n, small = len(strides), node.dims(output=True)[2:]
+    size = op.as_value([1, 1, *small]) if None not in small else op.Concat([1, 1], op.shape(node.output(), 2), axis=0)
     corner = scatter(
         op,
         node,
-        op.Expand(1.0, op.Concat([1, 1], op.shape(s, 2), axis=0)),
+        op.Expand(1.0, size),
         op.constant(np.ones([1] * (n + 2), op.dtype)),
         [1] * n,
         group=1,
@@ -118,7 +119,7 @@ def spaced(op: Graph, node: Node, s: Value, strides: Sequence[int]) -> Value:
     scales = op.constant(np.array([1, 1, *strides], np.float32))
     how = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
     copies = op.node("Resize", [s, None, scales], how)
-    sizes = list(zip(node.dims(output=True)[2:], node.dims(0)[2:], strides, strict=True))
+    sizes = list(zip(small, node.dims(0)[2:], strides, strict=True))
     if any(h is None or size is None or h * stride != size for h, size, stride in sizes):
         # a stride of s reads (h - 1) s + 1 .. h s positions
         copies = op.Slice(copies, op.constant(np.zeros(n, np.int64)), node.size(0, 2), list(range(2, n + 2)))
