@@ -43,9 +43,11 @@ def measured(net: str, *, quick: bool, seconds: float | None) -> dict[str, Any]:
         try:
             _, said = process.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # with the processes it started
-            process.communicate()
             return {"error": "not done in time"}
+        finally:
+            if process.poll() is None:  # too slow, or interrupted: it goes with the processes it started
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
         if process.returncode or not path.is_file():
             return {"error": (said.strip().splitlines() or [f"exit code {process.returncode}"])[-1]}
         return json.loads(path.read_text(encoding="utf-8"))["results"][net]
@@ -66,6 +68,7 @@ def as_timings(found: Any) -> Any:
 @click.option("--json", "path", metavar="FILE")
 def main(only: tuple[str, ...], quick: bool, path: str | None) -> None:
     """Measure and print."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     begin, results = time.monotonic(), {}
     for net in only or ORDER:
         left = QUICK - (time.monotonic() - begin) if quick else None

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -11,6 +13,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from benchmarks import all as all_nets
 from benchmarks import gpu, plain
 from benchmarks import nets as zoo
 from benchmarks.all import as_timings
@@ -123,3 +126,28 @@ def test_contenders_answer_the_same_question(tmp_path) -> None:
     made["zennit-crp"].conditions(["block2.conv", "block3.conv"], 1)()
     assert made["onnxcrp"].conditions(["block2.conv", "block3.conv"], 3)().heatmap.shape == (1, 3, 150)
     assert CONTENDERS["zennit"]("ecg", path, "attnlrp").heatmap() is None
+
+
+def test_a_net_that_is_too_slow_goes_with_the_processes_it_started(monkeypatch) -> None:
+    """The stand-in starts a process of its own and says which."""
+    code = "import subprocess, sys, time; print(subprocess.Popen(['sleep', '60']).pid, flush=True); time.sleep(60)"
+    started = []
+    popen = all_nets.subprocess.Popen
+
+    def stand_in(command, **options):
+        started.append(popen([sys.executable, "-c", code], **{**options, "stdout": all_nets.subprocess.PIPE}))
+        started.append(int(started[0].stdout.readline()))
+        return started[0]
+
+    monkeypatch.setattr(all_nets.subprocess, "Popen", stand_in)
+    assert all_nets.measured("ecg", quick=True, seconds=0.2) == {"error": "not done in time"}
+    process, child = started
+    process.stdout.close()
+    process.stderr.close()
+    assert process.returncode == -9
+    for _ in range(100):
+        status = Path(f"/proc/{child}/status")
+        if not status.exists() or "State:\tZ" in status.read_text():
+            return
+        time.sleep(0.05)
+    pytest.fail(f"process {child} is still there")
