@@ -1,0 +1,5 @@
+"""`python -m onnxcrp` is the command `onnxcrp`."""
+
+from onnxcrp.cli import main
+
+main()
