@@ -2,4 +2,4 @@
 
 from onnxcrp.cli import main
 
-main()
+main(prog_name="onnxcrp")
