@@ -5,7 +5,7 @@
 At batch 1 on random weights, in multiples of onnxruntime's forward pass on the same model: one heatmap under every
 composite that fits; conditions (single channels) on a late, a middle and an early layer and on a chain of all three;
 seconds from a fresh process to the first heatmap, without and with a cache; peak memory; size of the files. The peer
-gets 16 conditions in batches of 8, fewer where these take long, and is extrapolated beyond (marked *).
+gets 16 conditions in batches of 8, one batch where these take long, and is extrapolated beyond (marked *).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 import click
 
 from benchmarks.common import Timing, alone, interleaved, report, write_json
-from benchmarks.contenders import CONTENDERS, TARGET, Contender, one_line
+from benchmarks.contenders import BATCH, CONTENDERS, TARGET, Contender, one_line
 from benchmarks.nets import HIGH, LOW, NETS, export, sample
 
 COUNTS = (16, 64, 256)
@@ -52,9 +52,19 @@ def heatmaps(net: str, path: str, composite: str, *, rounds: int, seconds: float
 
 
 def conditions(
-    net: str, path: str, layers: Sequence[str], counts: Sequence[int], *, rounds: int, seconds: float
+    net: str,
+    path: str,
+    layers: Sequence[str],
+    counts: Sequence[int],
+    *,
+    rounds: int,
+    seconds: float,
+    peers: bool = True,
 ) -> dict[str, Any]:
-    """Conditions on one layer, or on each of several at once: the forward pass, onnxcrp and the peer."""
+    """Conditions on one layer, or on each of several at once: the forward pass, onnxcrp and the peer.
+
+    The peer gets a whole batch of conditions at least: one alone would cost it more than its share.
+    """
     composite = NETS[net].composites[0]
     own, peer = (CONTENDERS[who](net, path, composite) for who in ("onnxcrp", "zennit-crp"))
     runs: dict[str, Callable[[], Any]] = {"forward": CONTENDERS["forward"](net, path, composite).heatmap()}  # type: ignore[dict-item]
@@ -62,11 +72,11 @@ def conditions(
     found: dict[str, Any] = {}
     measured = 0
     try:
-        if one := peer.conditions(layers, 1):
+        if peers and (one := peer.conditions(layers, 1)):
             one()
             start = time.perf_counter()
             one()
-            measured = max(1, min(PEER, int(seconds / 4 / (time.perf_counter() - start))))
+            measured = max(BATCH, min(PEER, int(seconds / 4 / (time.perf_counter() - start))))
             runs[f"zennit-crp {measured}"] = _asked(peer, layers, measured)
     except Exception as error:
         found["zennit-crp"] = one_line(error)
@@ -102,11 +112,19 @@ def measure(net: str, folder: Path, *, quick: bool) -> dict[str, Any]:
         counts = COUNTS if not quick else COUNTS[:2] if place == "late" else COUNTS[:1]
         found["conditions"][place] = {
             "layer": layer,
-            **conditions(net, path, [layer], counts, rounds=max(2, rounds // 3), seconds=seconds),
+            **conditions(
+                net,
+                path,
+                [layer],
+                counts,
+                rounds=max(2, rounds // 3),
+                seconds=seconds,
+                peers=not quick or place == "late",
+            ),
         }
     found["conditions"][CHAIN] = {
         "layer": " + ".join(about.layers),
-        **conditions(net, path, about.layers, COUNTS[:1], rounds=max(2, rounds // 3), seconds=seconds),
+        **conditions(net, path, about.layers, COUNTS[:1], rounds=max(2, rounds // 3), seconds=seconds, peers=not quick),
     }
     wanted = [("onnxcrp", "heatmap"), ("onnxcrp", "64")]
     if about.channels_first:
@@ -244,7 +262,9 @@ def _size(told: Mapping[str, Any]) -> str:
 
 @click.command(help=__doc__)
 @click.option("--only", multiple=True, type=click.Choice(list(NETS)))
-@click.option("--quick", is_flag=True, help="One composite, fewer conditions and rounds.")
+@click.option(
+    "--quick", is_flag=True, help="One composite, fewer conditions and rounds; the peer on the late layer only."
+)
 @click.option("--json", "path", metavar="FILE")
 @click.option("--child", "alone_as", nargs=4, hidden=True)
 def main(only: tuple[str, ...], quick: bool, path: str | None, alone_as: tuple[str, ...] | None) -> None:
