@@ -338,14 +338,10 @@ class Worker:
         last = (self.log.read().strip().splitlines() or ["the process died"])[-1]
         self.end()
         case, exporter = next((c, e) for c, e in wanted((), False) if f"{c.name} ({e})" == key)
-        error = f"not done within {self.limit:g} s" if late else last
-        return {
-            "name": case.name,
-            "group": case.group,
-            "exporter": exporter,
-            "composite": case.composite,
-            "error": error,
-        }
+        row: Row = {"name": case.name, "group": case.group, "exporter": exporter, "composite": case.composite}
+        if late:  # which says nothing of the exporter
+            return row | {"exports": None, "error": f"not done within {self.limit:g} s"}
+        return row | {"exports": False, "error": last}
 
     def end(self) -> None:
         """End the process, if there is one."""
