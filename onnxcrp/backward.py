@@ -665,8 +665,11 @@ class _Writer:
         proto = export(made, ir_version=ir_version)
         proto.producer_version = __version__
         for name in self.added:
-            symbols = [f"{name}[{axis}]" for axis in range(self._ranks[name])]
-            proto.graph.input.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, symbols))
+            shape: list[int | str] = [f"{name}[{axis}]" for axis in range(self._ranks[name])]
+            if name == self.target:  # one weight per entry: a class number broadcast over all of them is refused
+                entries = enumerate(dims(self.facts.tensors[self.facts.explained])[1:], 1)
+                shape = [shape[0], *(size if isinstance(size, int) else shape[axis] for axis, size in entries)]
+            proto.graph.input.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape))
             default = self._defaults[name]
             if default is None or required_masks:
                 _drop_initializer(proto.graph, name)

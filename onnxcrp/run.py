@@ -35,7 +35,8 @@ class Run:
         for rows in self._chunks(range(self.batch), self._bytes_forward()):
             feeds = self._samples(rows)
             for name in program.feeds.values():
-                feeds[name] = np.zeros((1,) * len(self.models.explained_shape), np.float32)
+                entries = [size if isinstance(size, int) else 1 for size in self.models.explained_shape[1:]]
+                feeds[name] = np.zeros((1, *entries), np.float32)
             found = program.session.run(feeds, [program.explained])
             parts.append(found[program.explained][: len(rows)])
         return np.concatenate(parts)

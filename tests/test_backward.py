@@ -14,7 +14,7 @@ import pytest
 from onnxcrp.backward import compile as compile_model
 from onnxcrp.canonize import canonize
 from onnxcrp.composite import load
-from onnxcrp.errors import CompositeError, QuestionError, UnsupportedError
+from onnxcrp.errors import CompositeError, InputError, QuestionError, UnsupportedError
 from onnxcrp.session import Session
 
 RNG = np.random.default_rng(2)
@@ -283,8 +283,17 @@ def test_symbols_of_masks_targets_and_relevance_are_unique() -> None:
         for port in [*model.graph.input, *model.graph.output]
         if port.name not in own
         for dim in port.type.tensor_type.shape.dim
+        if not dim.HasField("dim_value")
     ]
-    assert len(symbols) == len(set(symbols))
+    assert len(symbols) == len(set(symbols)) > 0
+
+
+def test_a_class_number_is_no_target() -> None:
+    """[[1]] would broadcast to a sum over all classes; runtimes refuse it."""
+    session = Session(compile_model(residual(), "epsilon"))
+    x = np.ones((1, *session.inputs["x"].shape[1:]), np.float32)
+    with pytest.raises(InputError, match="target"):
+        session.run({"x": x, "target": np.array([[1]], np.float32)})
 
 
 def test_names_stay_legal_and_never_clash() -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from docs import readme
+from onnxcrp import Explainer
 from onnxcrp.composite import load
 from onnxcrp.ops import OPS
 
@@ -41,6 +44,22 @@ def test_links_lead_somewhere() -> None:
     for page in (readme.README, *readme.ROOT.glob("docs/*.md"), *readme.ROOT.glob("*/README.md")):
         for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), (page.name, target)
+
+
+def test_the_relevance_model_runs_as_the_readme_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the Explainer, which asks other relevance models."""
+    (command,) = [each for each in COMMANDS if each.startswith("onnxcrp compile")]
+    readme.run(command, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    (example,) = re.findall(r"```python\n(import numpy as np\nimport onnxruntime.*?)```", TEXT, re.DOTALL)
+    x = np.random.default_rng(0).normal(size=(1, 3, 64, 64)).astype(np.float32)
+    scope: dict[str, Any] = {"x": x}
+    exec(example, scope)
+    conditions = [{"layer3.0.conv2": [14]}, {"layer3.0.conv2": [8]}]
+    asked = Explainer(readme.ROOT / "fixtures/shapes/net.onnx").explain(x, 5, conditions=conditions, seed="output")
+    expected = asked.relevance["input"][0]
+    np.testing.assert_allclose(scope["R"], expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
+    assert np.abs(expected).max() > 0
 
 
 def test_the_composite_of_the_readme_loads(tmp_path: Path) -> None:

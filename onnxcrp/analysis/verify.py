@@ -449,7 +449,7 @@ class _Question:
         shape = dims(self.facts.tensors[self.facts.explained])
         static = all(isinstance(size, int) for size in shape[1:])
         model = self.model if static else self._compile(inputs=())  # which has no message that zeros must fit
-        zeros = np.zeros([1, *(shape[1:] if static else [1] * len(shape[1:]))], np.float32)
+        zeros = np.zeros([1, *(size if isinstance(size, int) else 1 for size in shape[1:])], np.float32)
         (explained,) = self._session(model).run({**self.feeds, "target": zeros}, ["explained"]).values()
         found = condition.target(target, shape=explained.shape[1:], batch=len(explained), explained=explained)
         if len(found) > 1:
