@@ -237,6 +237,8 @@ def test_moved_data_and_models_are_found_again(there):
     (there / "old").rename(there / "new")
     asked = ("index", "show", "moved.index", "--layer", "conv1", "-C", 1, "-o", "a.png")
     assert run(*asked).exit_code == 1
+    told = run(*asked, "--model", "new/net.onnx").stderr
+    assert re.fullmatch(r"error: the data of moved.index cannot be read where it was: .*\nhint: --data PATH.*\n", told)
     done(*asked, "--model", "new/net.onnx", "--data", "new/scenes.tar")
     assert (there / "a.png").stat().st_size > 5000
 

@@ -449,6 +449,9 @@ def test_label_offset(net, tmp_path):
     one = build(net, (x, labels), tmp_path / "i", **SMALL)
     two = build(net, (x, labels + 1), tmp_path / "j", label_offset=-1, **SMALL)
     np.testing.assert_array_equal(one.references("second").sample, two.references("second").sample)
+    labels[7] = 0
+    with pytest.raises(InputError, match=r"the label of .* is 0, label_offset -1 makes it negative"):
+        build(net, (x, labels), tmp_path / "k", label_offset=-1, **SMALL)  # -1 says "no label" elsewhere
 
 
 # ------------------------------------------------------------------------------------------------------------- reading

@@ -534,7 +534,15 @@ def open_data(data: Any, port: Port, *, labels: Any = None, label_offset: int = 
     for each in several:
         samples = each if isinstance(each, Samples) else _open(each, port, labels)
         if samples.labels is not None and label_offset:
-            samples.labels = np.where(samples.labels == NO_LABEL, NO_LABEL, samples.labels + label_offset)
+            known = samples.labels != NO_LABEL
+            if (low := known & (samples.labels + label_offset < 0)).any():  # -1 would pass for no label
+                first = int(np.flatnonzero(low)[0])
+                raise InputError(
+                    f"{samples.name}: the label of {samples.title(first)} is {samples.labels[first]}, "
+                    f"label_offset {label_offset} makes it negative",
+                    hint="label_offset is added to every label",
+                )
+            samples.labels = np.where(known, samples.labels + label_offset, NO_LABEL)
         if not len(samples):
             raise InputError(f"{samples.name}: holds no samples")
         opened.append(samples)

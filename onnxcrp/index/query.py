@@ -134,7 +134,7 @@ class Index:
         """A layer of the index; raises QuestionError naming the nearest."""
         if name not in self.layers:
             nearest = difflib.get_close_matches(name, self.layers, n=3, cutoff=0.3) or list(self.layers)[:5]
-            raise QuestionError(f"the index has no layer {name!r}", hint=f"it has {', '.join(nearest)}")
+            raise QuestionError(f"the index has no layer {name!r}", hint=f"nearest: {', '.join(nearest)}")
         return self.layers[name]
 
     def unravel(self, layer: str, position: Any) -> tuple[np.ndarray, ...]:
@@ -149,7 +149,13 @@ class Index:
         sources = {each["name"]: each["source"] for each in self.manifest["datasets"]}
         if gone := [name for name, source in sources.items() if source is None]:
             raise InputError(f"dataset {gone[0]} was an array in memory", hint="index.open_data(x)")
-        return self.open_data([f"{name}={source}" for name, source in sources.items()])
+        try:
+            return self.open_data([f"{name}={source}" for name, source in sources.items()])
+        except InputError as error:
+            raise InputError(
+                f"the data of {self.path} cannot be read where it was: {error.message}",
+                hint="--data PATH, or index.open_data(PATH), says where it lies now",
+            ) from None
 
     def open_data(self, data: Any) -> Data:
         """Data to read this index' samples from, for example after it moved; its listing must be the same.
