@@ -256,6 +256,18 @@ def test_relevance_that_biases_absorb_is_told(folder):
         assert done("explain", "net.onnx", "x.npy", *arguments).stderr == ""
 
 
+def test_relevance_that_no_input_can_take_is_told(folder):
+    """y = 100 - x0 - x1 at x = 0.1: z+ without its bias has nobody to give 99.8 to."""
+    model = onnx.parser.parse_model(
+        """<ir_version: 8, opset_import: ["" : 18]>
+        net (float[N, 2] x) => (float[N, 1] y) <float[2, 1] W = {-1, -1}, float[1] b = {100}> { y = Gemm(x, W, b) }"""
+    )
+    onnx.save(model, "net.onnx")
+    np.save("x.npy", np.full((1, 2), 0.1, np.float32))
+    told = done("explain", "net.onnx", "x.npy", "-c", "alpha1_beta0(bias='drop')").stderr
+    assert "only 0 of 99.8 arrives at the inputs, the rest comes to outputs that no input speaks for" in told
+
+
 def test_recorded_sums_are_in_the_json():
     report = json.loads(done("explain", *SHAPES, "-t", "1", "--record", LAYER, "--json").stdout)
     expected = Explainer(SHAPES[0]).explain(shapes_sample(), target=1, record=[LAYER]).relevance[LAYER].sum()

@@ -260,6 +260,12 @@ def test_ticks_are_round_numbers(low, high, most, expected):
     np.testing.assert_allclose(ticks_of(low, high, most), expected, atol=1e-12)
 
 
+def test_ticks_between_features_are_no_fractions():
+    assert ticks_of(0, 1, 8, whole=True) == [0, 1]
+    assert ticks_of(0, 4, 8, whole=True) == [0, 1, 2, 3, 4]
+    assert ticks_of(0, 149, 8, whole=True) == ticks_of(0, 149, 8)
+
+
 # -------------------------------------------------------------------------------------------------------------- files
 
 

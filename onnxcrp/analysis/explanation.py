@@ -334,12 +334,10 @@ def _warn_of_negative(explainer: Explainer, found: Explanation, asked: Questions
 
 
 def _warn_of_absorbed(explainer: Explainer, found: Explanation, asked: Questions) -> bool:
-    """Whether it was told that biases kept nearly all relevance of some plain answer, under an LRP composite."""
+    """Whether it was told that nearly all relevance of some plain answer is lost on the way, under an LRP composite."""
     from onnxcrp.analysis.balance import GRADIENTS
 
     composite = explainer.composite
-    if composite.bias == "drop":
-        return False
     explained = np.asarray(found.result.explained)[0]
     for place, answer in enumerate(found.answers):
         if answer.target is None or answer.condition or answer.start or answer.concept:
@@ -349,9 +347,11 @@ def _warn_of_absorbed(explainer: Explainer, found: Explanation, asked: Questions
         if abs(arrived) < ABSORBED * begun and not any(layer.rule in GRADIENTS for layer in explainer.layers):
             plain_name, paren, given = composite.name.partition("(")
             call = f"{plain_name}({given[:-1]}, bias='drop')" if paren else f"{plain_name}(bias='drop')"
+            kept = f'biases absorbed the rest: `onnxcrp verify` itemises it, --composite "{call}" shares it out'
+            if composite.bias == "drop":  # outputs whose biases alone make them positive have no share for any input
+                kept = "the rest comes to outputs that no input speaks for: `onnxcrp verify` itemises it as stabilizer"
             warnings.warn(
-                f"target {answer.name}: only {arrived:.3g} of {begun:.3g} arrives at the inputs, biases absorbed the "
-                f'rest: `onnxcrp verify` itemises it, --composite "{call}" shares it out',
+                f"target {answer.name}: only {arrived:.3g} of {begun:.3g} arrives at the inputs, {kept}",
                 ExplanationWarning,
                 stacklevel=3,
             )

@@ -37,7 +37,7 @@ def signal_image(
     axis = 12 + 2 * line_height(font)
     image = Image.new("RGB", (SIGNAL_WIDTH, count * tall + (count - 1) * 8 + axis), PAPER)
     draw = ImageDraw.Draw(image)
-    x_ticks = ticks_of(0, (length - 1) / (rate or 1), 8)
+    x_ticks = ticks_of(0, (length - 1) / (rate or 1), 8, whole=not rate)
     place = [left + (tick * (rate or 1) + 0.5) * wide / length for tick in x_ticks]
     for row in range(count):
         top = row * (tall + 8)
@@ -177,7 +177,7 @@ def pieces_image(
         if row < len(leads):
             ImageDraw.Draw(image).text((8, top + 4), leads[row], SOFT, font)
     draw = ImageDraw.Draw(image)
-    for tick in ticks_of(low_t / (rate or 1), high_t / (rate or 1), 6):
+    for tick in ticks_of(low_t / (rate or 1), high_t / (rate or 1), 6, whole=not rate):
         x = (tick * (rate or 1) - low_t) / max(high_t - low_t, 1) * (wide - 1)
         draw.line((x, tall, x, tall + 4), SOFT)
         text = plain(tick)
@@ -206,13 +206,14 @@ def height_of(value: float, low: float, high: float, tall: float) -> float:
     return tall * (0.9 - 0.8 * (value - low) / (high - low))
 
 
-def ticks_of(low: float, high: float, most: int) -> list[float]:
-    """Round numbers within low..high, about as many as asked: steps of 1, 2 or 5."""
+def ticks_of(low: float, high: float, most: int, *, whole: bool = False) -> list[float]:
+    """Round numbers within low..high, about as many as asked: steps of 1, 2 or 5; `whole`: no fractions."""
     if not high > low:
         return [low]
     raw = (high - low) / most
     power = 10 ** math.floor(math.log10(raw))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * 0.999)
+    step = max(step, 1) if whole else step
     return [tick * step for tick in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
