@@ -53,7 +53,7 @@ SAID = 5  # skipped samples that are named
 @click.option("--batch-size", type=click.IntRange(1), help="Samples of one run.  [default: by the size of one]")
 @click.option("--workers", type=click.IntRange(1), help="Threads that decode samples.  [default: the cores, at most 8]")
 @options.provider
-@click.option("--threads", type=click.IntRange(1), help="Threads of the model, all runs together.  [default: all cores]")
+@click.option("--threads", type=click.IntRange(1), help="Threads of all runs together.  [default: all cores]")
 @click.option("--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True,
               help="This process, or Ray actors.")  # fmt: skip
 @click.option("--address", metavar="HOST:PORT", help="Of a Ray cluster.  [default: a Ray on this machine]")
