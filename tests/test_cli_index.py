@@ -137,6 +137,24 @@ def test_merged_shards_are_the_whole(there):
     assert part["index"]["complete"] is False
 
 
+def test_samples_without_a_label_are_said(there):
+    (there / "pictures").mkdir()
+    scenes = shapes.scenes(4, seed=9)
+    for i in range(4):
+        Image.fromarray(scenes.images[i]).save(there / "pictures" / f"{i}.png")
+    rows = [f"{i}.png,{scenes.labels[i] if i else -1}" for i in range(4)]
+    (there / "pictures" / "labels.csv").write_text("\n".join(["file,class_index", *rows]))
+    build = ("index", "build", SHAPES[0], "pictures", "--layer", "conv1", "-o")
+    said = "1 of 4 samples have no label"
+    found = done(*build, "a.index").stderr
+    assert said in found
+    assert found.endswith("4 samples, target predicted\n")
+    assert said not in done(*build, "b.index", "--target", "predicted").stderr
+    left_out = done(*build, "c.index", "--target", "label").stderr
+    assert said not in left_out
+    assert "3 samples, target label" in left_out
+
+
 def test_a_broken_sample_is_named_and_the_build_goes_on(there):
     (there / "pictures").mkdir()
     scenes = shapes.scenes(4, seed=9)

@@ -92,6 +92,11 @@ class Index:
         return self._read(store.SAMPLES).set_index("sample")
 
     @cached_property
+    def unlabelled(self) -> int:
+        """How many samples of the data have no label."""
+        return int((self.samples["label"] < 0).sum())
+
+    @cached_property
     def skipped(self) -> pandas.DataFrame:
         """Samples that could not be used, and why: sample, reason, dataset, name."""
         return self._named(self._read("skipped"))

@@ -104,6 +104,12 @@ def command(
     if as_json:
         write_json(summary(index.manifest))
     if not quiet:
+        if settings["target"] is None and 0 < index.unlabelled < len(index.samples):
+            click.echo(
+                f"{index.unlabelled} of {len(index.samples)} samples have no label, so relevance starts at the predicted "
+                "class of each; --target label leaves them out",
+                err=True,
+            )
         for reason in index.skipped["reason"].head(SAID):
             click.echo(f"skipped {reason}", err=True)
         if (more := len(index.skipped) - SAID) > 0:
