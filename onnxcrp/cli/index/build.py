@@ -106,7 +106,7 @@ def command(
     if not quiet:
         if settings["target"] is None and 0 < index.unlabelled < len(index.samples):
             click.echo(
-                f"{index.unlabelled} of {len(index.samples)} samples have no label, so relevance starts at the predicted "
+                f"{index.unlabelled} of {len(index.samples)} samples have no label: relevance starts at the predicted "
                 "class of each; --target label leaves them out",
                 err=True,
             )
