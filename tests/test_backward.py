@@ -255,6 +255,21 @@ def test_derived_weights_are_nodes_unless_stored(composite: str) -> None:
     np.testing.assert_array_equal(got, expected)
 
 
+@pytest.mark.parametrize("shift", [0, 1, 4])
+def test_rolling_by_nothing_cuts_off_nothing(shift: int) -> None:
+    """[x[k:], x[:k]] as shifted windows are written: relevance rolls back, also where one of the slices is empty."""
+    model = onnx.parser.parse_model(f"""
+        <ir_version: 8, opset_import: ["" : 18]>
+        net (float[batch, 4] x) => (float[batch, 4] y)
+        <int64[1] zero = {{0}}, int64[1] k = {{{shift}}}, int64[1] end = {{9}}, int64[1] one = {{1}}>
+        {{ a = Slice (x, k, end, one)
+           b = Slice (x, zero, k, one)
+           y = Concat <axis = 1> (a, b) }}""")
+    x, target = (np.random.default_rng(0).standard_normal((2, 4)).astype(np.float32) for _ in range(2))
+    found = ask(compile_model(model, "epsilon"), {"x": x, "target": target})
+    np.testing.assert_array_equal(found["relevance.x"], np.roll(target, shift, axis=1) * x)
+
+
 def test_nodes_are_named_after_layer_and_rule() -> None:
     written = [node.name for node in compile_model(residual(), "epsilon_plus").graph.node]
     assert any(name.startswith("R/last/epsilon/") for name in written)

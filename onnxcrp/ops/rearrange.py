@@ -90,7 +90,10 @@ def _without_batch(op: Graph, node: Node, output: int) -> Value:
 
 @transpose("Slice", family="rearrangement", sign=KEEPS)
 def slice_(op: Graph, node: Node, s: Value) -> Value:
-    """s at the places it was read from, zeros elsewhere; where only the run knows them, a range of indices is cut."""
+    """s at the places it was read from, zeros elsewhere; where only the run knows them, a range of indices is cut.
+
+    A slice of nothing (windows shifted by 0) sends nothing back.
+    """
     rank = node.rank(0)
     given = node.array(3) if node.has(3) else node.array(1)
     if given is None:
@@ -104,6 +107,8 @@ def slice_(op: Graph, node: Node, s: Value) -> Value:
         bounds = [int(v.array[0]) for v in (start, end, step) if v.array is not None]
         if len(bounds) == 3 and node.dims(0)[axis] is not None:
             s = _pad_back(op, node, s, axis, bounds)
+            if s.is_zero:
+                return s
             continue
         s = scatter_axis(op, node, s, axis, op.Slice(_every(op, node, axis), start, end, [0], step))
     return s
@@ -145,7 +150,7 @@ def _pad_back(op: Graph, node: Node, s: Value, axis: int, bounds: list[int]) -> 
         pads[axis], pads[axis + node.rank(0)] = int(indices[0]), size - 1 - int(indices[-1])
         return op.Pad(s, pads)
     if not len(indices):
-        raise UnsupportedError(f"{node!r}: the slice is empty")
+        return op.zero
     return separable(op, s, {axis: np.eye(size)[indices]}, node.rank(0))
 
 
