@@ -75,14 +75,13 @@ def _common(
     mine: tuple[Value, ...], theirs: tuple[Value, ...]
 ) -> tuple[tuple[Value, ...], tuple[Value, ...], tuple[Value, ...]]:
     """What is in both, and what is left of each; by identity, with multiplicity."""
-    left, both = list(theirs), []
+    both, rest, left = [], [], list(theirs)
     for value in mine:
-        at = next((i for i, other in enumerate(left) if other is value), None)
-        if at is not None:
-            both.append(left.pop(at))
-    rest = list(mine)
-    for value in both:
-        rest.pop(next(i for i, other in enumerate(rest) if other is value))
+        if value in left:
+            left.remove(value)
+            both.append(value)
+        else:
+            rest.append(value)
     return tuple(both), tuple(rest), tuple(left)
 
 

@@ -98,7 +98,8 @@ class RelevanceModels:
         self.canonical, self.facts, self.composite = canonical, facts, composite
         self.cache_limit = cache_limit  # bytes of compiled relevance models to keep
         self._cache = cache
-        self._compile_options = compile_options
+        # quantized models run without the runtime's folding
+        self._compile_options = {**compile_options, "store_weights": self.is_quantized}
         self._session_options = session_options
         self._lock = threading.Lock()
         self._compiling = threading.Lock()
@@ -305,7 +306,6 @@ class RelevanceModels:
                 start_from=plan.start_from,
                 bypass=plan.bypass,
                 relevance_of=plan.inputs,
-                store_weights=self.is_quantized,  # which runs without the runtime's folding
                 **self._compile_options,
             )
         # all of them are always fed, and onnxruntime binds no initializer to a device

@@ -33,8 +33,8 @@ from onnxcrp.cli.output import columns, heading, picture, steps, write_json, wro
 @options.start
 @options.styles
 @options.class_names
-@click.option("-o", "--out", type=click.Path(dir_okay=False), help="The picture, .png or another that Pillow writes.")
-@click.option("--data", multiple=True, metavar="[NAME=]PATH", help="Where the index' data lies now. Repeatable.")
+@options.picture
+@options.moved_data
 @options.runtime
 @options.as_json
 @options.quiet

@@ -299,12 +299,23 @@ def class_names(command: F) -> F:
     )(command)
 
 
-def moved(command: F) -> F:
-    """--model and --data: where they are now."""
-    command = click.option(
+def moved_data(command: F) -> F:
+    """--data: where it is now."""
+    return click.option(
         "--data", multiple=True, metavar="[NAME=]PATH", help="Where the index' data lies now. Repeatable."
     )(command)
-    return click.option("--model", type=click.Path(), help="Where the model lies now.")(command)
+
+
+def moved(command: F) -> F:
+    """--model and --data: where they are now."""
+    return click.option("--model", type=click.Path(), help="Where the model lies now.")(moved_data(command))
+
+
+def picture(command: F) -> F:
+    """--out: the picture that is drawn."""
+    return click.option(
+        "-o", "--out", type=click.Path(dir_okay=False), help="The picture, .png or another that Pillow writes."
+    )(command)
 
 
 def as_json(command: F) -> F:

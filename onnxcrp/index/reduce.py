@@ -121,7 +121,6 @@ class Reducer:
         self.fixed = models.fixed
         self.input = next(iter(models.inputs))
         options: dict[str, Any] = {"output": explainer.facts.output, **models._compile_options, "inputs": ()}
-        options["store_weights"] = models.is_quantized
         start = partial(Session, providers=providers, optimize=models.optimization)
         relevance = compile(
             explainer.canonical,

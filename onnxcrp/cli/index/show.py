@@ -29,7 +29,7 @@ from onnxcrp.cli.output import columns, heading, picture, progress, write_json, 
 @click.option("--k", type=click.IntRange(1), default=8, show_default=True, help="Reference samples, the best first.")
 @options.start
 @options.styles
-@click.option("-o", "--out", type=click.Path(dir_okay=False), help="The picture, .png or another that Pillow writes.")
+@options.picture
 @options.moved
 @options.runtime
 @options.as_json
