@@ -282,11 +282,11 @@ class RelevanceModels:
 
     def _start(self, model: Any, *, optimize: bool = True, optimized: Any = None, plan_memory: bool = True) -> Session:
         """A session as the caller of this class wants them."""
-        from onnxcrp.session import Session
+        from onnxcrp import blocked
 
         level = optimize and self.optimization
         options = self._session_options
-        return Session(model, optimize=level, optimized=optimized, plan_memory=plan_memory, **options)
+        return blocked.start(model, optimize=level, optimized=optimized, plan_memory=plan_memory, **options)
 
     def _composite(self, plan: Plan) -> Composite:
         return self.composite if plan.seed == self.composite.seed else replace(self.composite, seed=plan.seed)

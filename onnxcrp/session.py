@@ -126,7 +126,7 @@ class Session:
     raised, onnxruntime would print it once more. `profile`: a folder for onnxruntime's profile, which `end_profile`
     writes. `optimized`: a file that the optimised graph is written to, to be loaded with `optimize=False` on the
     same kind of machine. `plan_memory=False`: keep no layout of memory for each set of shapes that was run: hardly
-    slower, half as large where batches vary.
+    slower, half as large where batches vary. `prepack=False`: for a session that only writes its `optimized` graph.
     Raises ModelError for what onnxruntime cannot load, RuntimeMissingError without onnxruntime or for a provider
     asked for that cannot start.
     """
@@ -144,6 +144,7 @@ class Session:
         profile: str | os.PathLike[str] | None = None,
         optimized: str | os.PathLike[str] | None = None,
         plan_memory: bool = True,
+        prepack: bool = True,
     ) -> None:
         ort = _onnxruntime()
         chosen = _providers(providers, allow_tf32=allow_tf32)
@@ -153,6 +154,8 @@ class Session:
         options.graph_optimization_level = levels[optimize]
         options.log_severity_level = log_severity
         options.enable_mem_pattern = plan_memory
+        if not prepack:
+            options.add_session_config_entry("session.disable_prepacking", "1")
         if threads is not None:
             options.intra_op_num_threads = threads
         if profile is not None:
@@ -395,9 +398,7 @@ def _externalize(model: onnx.ModelProto, file: IO[bytes], location: str) -> onnx
     """
     import onnx
 
-    slim = onnx.ModelProto()
-    _copy_fields(model, slim, but="graph")
-    _copy_fields(model.graph, slim.graph, but="initializer")
+    slim = skeleton(model)
     for tensor in model.graph.initializer:
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             raise ModelError(
@@ -417,6 +418,16 @@ def _externalize(model: onnx.ModelProto, file: IO[bytes], location: str) -> onnx
         for key, value in where.items():
             entry.external_data.add(key=key, value=value)
         file.write(tensor.raw_data)
+    return slim
+
+
+def skeleton(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy of a model without its initializers, which may be more than a protobuf message can hold."""
+    import onnx
+
+    slim = onnx.ModelProto()
+    _copy_fields(model, slim, but="graph")
+    _copy_fields(model.graph, slim.graph, but="initializer")
     return slim
 
 

@@ -108,8 +108,9 @@ class Reducer:
         providers: Any = None,
         threads: int | None = None,
     ) -> None:
+        from onnxcrp import blocked
         from onnxcrp.backward import compile
-        from onnxcrp.session import CPU, Session
+        from onnxcrp.session import CPU
         from onnxcrp.session import providers as chosen
 
         self.explainer, self.layers, self.normalize = explainer, list(layers), normalize
@@ -121,7 +122,7 @@ class Reducer:
         self.fixed = models.fixed
         self.input = next(iter(models.inputs))
         options: dict[str, Any] = {"output": explainer.facts.output, **models._compile_options, "inputs": ()}
-        start = partial(Session, providers=providers, optimize=models.optimization)
+        start = partial(blocked.start, providers=providers, optimize=models.optimization)
         relevance = compile(
             explainer.canonical,
             explainer.composite,

@@ -104,22 +104,23 @@ def spaced(op: Graph, node: Node, s: Value, strides: Sequence[int]) -> Value:
     """s [N, C, h...] -> [N, C, H...], the size of the node's input: one entry every `strides` places, zeros between.
 
     Every entry is copied over its whole stride, and a factor of zeros and ones keeps the first copy: it merges with the
-    other factors of the message, so that the zeros cost nothing of their own.
+    other factors of the message, so that the zeros cost nothing of their own. Dynamic sizes: for kernels of one place
+    without padding.
     """
-    n, small = len(strides), node.dims(output=True)[2:]
-    size = op.as_value([1, 1, *small]) if None not in small else op.Concat([1, 1], op.shape(node.output(), 2), axis=0)
-    corner = scatter(
-        op,
-        node,
-        op.Expand(1.0, size),
-        op.constant(np.ones([1] * (n + 2), op.dtype)),
-        [1] * n,
-        group=1,
-    )
+    n, small, large = len(strides), node.dims(output=True)[2:], node.dims(0)[2:]
+    static = [size for size in large if size is not None]
+    if len(static) == n:
+        first = np.zeros((1, 1, *static), op.dtype)
+        first[np.ix_([0], [0], *(range(0, size, stride) for size, stride in zip(static, strides, strict=True)))] = 1
+        corner = op.constant(first)
+    else:
+        size = op.Concat([1, 1], op.shape(node.output(), 2), axis=0)
+        one = op.constant(np.ones([1] * (n + 2), op.dtype))
+        corner = scatter(op, node, op.Expand(1.0, size), one, [1] * n, group=1)
     scales = op.constant(np.array([1, 1, *strides], np.float32))
     how = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
     copies = op.node("Resize", [s, None, scales], how)
-    sizes = list(zip(small, node.dims(0)[2:], strides, strict=True))
+    sizes = list(zip(small, large, strides, strict=True))
     if any(h is None or size is None or h * stride != size for h, size, stride in sizes):
         # a stride of s reads (h - 1) s + 1 .. h s positions
         copies = op.Slice(copies, op.constant(np.zeros(n, np.int64)), node.size(0, 2), list(range(2, n + 2)))

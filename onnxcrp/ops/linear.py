@@ -6,6 +6,7 @@ L(1,0)1 and T(1)s on one channel: a layer of ones treats all channels alike.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from onnxcrp.graph import Graph, Value
 from onnxcrp.ops.geometry import pads_itself, scatter, spaced, window
 from onnxcrp.ops.registry import KEEPS, Node, Ones, transpose
 
+CHANNEL_BLOCK = 16  # of such many channels runtimes compute at once what is depthwise, of others one by one
 _CONV_ATTRS = ("strides", "dilations", "pads", "group", "kernel_shape")
 
 
@@ -58,6 +60,7 @@ def conv(op: Graph, node: Node, s: Value, W: Value) -> Value:
     """s [N, M, h...], W [M, C/group, k...] -> [N, C, H...]; with stride 1 a convolution with the flipped kernel.
 
     A kernel of one place (the shortcuts of residual nets) needs its stride only to put the results where they belong.
+    With one kernel per channel the multiplications are so few that those with zeros between the strides cost nothing.
     """
     kernel = _kernel(node)
     group = node.attrs.get("group", 1)
@@ -71,7 +74,20 @@ def conv(op: Graph, node: Node, s: Value, W: Value) -> Value:
         )
     if op.flip_convolutions and set(kernel) == {1} and not any([*before, *after]) and W.is_constant:
         return spaced(op, node, op.Conv(s, _flipped(op, W, group), group=group, kernel_shape=kernel), strides)
+    if op.flip_convolutions and fits and W.is_constant and _is_depthwise(node, group, strides):
+        pads = [*(r - p for r, p in zip(reach, before, strict=True)), *before]
+        s, W = spaced(op, node, s, strides), _flipped(op, W, group)
+        return op.Conv(s, W, dilations=dilations, pads=pads, group=group, kernel_shape=kernel)
     return scatter(op, node, s, W, kernel, group=group)
+
+
+def _is_depthwise(node: Node, group: int, strides: Sequence[int]) -> bool:
+    """Whether every channel has a kernel of its own, in full blocks, and static sizes that the strides cover."""
+    alone = group % CHANNEL_BLOCK == 0 and node.input(1).array.shape[:2] == (group, 1)  # type: ignore[union-attr]
+    if not alone or pads_itself(node) or None in (*node.dims(0)[2:], *node.dims(output=True)[2:]):
+        return False
+    sizes = zip(node.dims(output=True)[2:], strides, node.dims(0)[2:], strict=True)
+    return all(h * stride >= size for h, stride, size in sizes)  # type: ignore[operator]
 
 
 def _flipped(op: Graph, W: Value, group: int) -> Value:

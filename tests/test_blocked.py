@@ -1,0 +1,180 @@
+"""Oracle: the same relevance model as the runtime optimises it by itself, bit for bit; reorders counted in the graph."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+import onnxcrp
+from onnxcrp import Explainer, blocked
+from onnxcrp.blocked import NCHWC, shapes, start, stay_blocked
+from onnxcrp.errors import InputError
+from onnxcrp.session import Session
+
+HEADER = '<ir_version: 10, opset_import: ["" : 20]>'
+
+
+class Bottleneck(torch.nn.Module):
+    """Residual block with a strided shortcut; `wide` channels may fill the runtime's blocks or not."""
+
+    def __init__(self, into: int, wide: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = torch.nn.Conv2d(into, wide, 1)
+        self.conv2 = torch.nn.Conv2d(wide, wide, 3, stride, 1, groups=wide if wide == 32 else 1)
+        self.conv3 = torch.nn.Conv2d(wide, 2 * wide, 1)
+        self.shortcut = torch.nn.Conv2d(into, 2 * wide, 1, stride)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = torch.relu(self.conv2(torch.relu(self.conv1(x))))
+        return torch.relu(self.conv3(h) + self.shortcut(x))
+
+
+class Gated(torch.nn.Module):
+    """Channels times a gate [N, C, 1, 1], as in squeeze and excitation."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.gate = torch.nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.sigmoid(self.gate(x.mean((2, 3), keepdim=True)))
+
+
+def net(*wides: int, gated: bool = False) -> torch.nn.Module:
+    torch.manual_seed(0)
+    layers: list[torch.nn.Module] = [torch.nn.Conv2d(3, 16, 3, 2, 1), torch.nn.ReLU(), torch.nn.MaxPool2d(3, 2, 1)]
+    into = 16
+    for wide in wides:
+        layers += [Bottleneck(into, wide, 2), *([Gated(2 * wide)] if gated else [])]
+        into = 2 * wide
+    return torch.nn.Sequential(
+        *layers, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(into, 5)
+    ).eval()
+
+
+def export(module: torch.nn.Module, path, *, sizes: bool = False) -> str:
+    axes = {"x": {0: "batch", **({2: "h", 3: "w"} if sizes else {})}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter warns about itself
+        torch.onnx.export(
+            module, torch.zeros(1, 3, 45, 64), str(path), dynamo=False, input_names=["x"], dynamic_axes=axes
+        )
+    return str(path)
+
+
+X = np.random.default_rng(0).standard_normal((2, 3, 45, 64)).astype(np.float32)
+
+
+@pytest.mark.parametrize("composite", ["epsilon_plus_flat", "epsilon_gamma_box", "epsilon_alpha2_beta1_flat"])
+@pytest.mark.parametrize(
+    ("module", "sizes"),
+    [(net(32, 64), False), (net(24, 32), False), (net(16, 32, gated=True), False), (net(32, 64), True)],
+    ids=["full", "broken", "gated", "dynamic"],
+)
+def test_every_bit_is_what_the_runtime_alone_finds(module, sizes, composite, tmp_path, monkeypatch):
+    path = export(module, tmp_path / "net.onnx", sizes=sizes)
+    options = {
+        "target": 1,
+        "seed": "abs",
+        "record": ["3.conv2", "4.conv1" if "4.conv1" in dict(module.named_modules()) else "5.conv1"],
+    }
+    options["conditions"] = [{"3.conv2": [0]}, {"3.conv2": [3]}, {"3.conv3": [5, 1]}]
+
+    def ask():
+        explainer = Explainer(path, composite, low=-3, high=3, cache=False)
+        return explainer.explain(X, **options), explainer.at(X[:1]).explain(
+            target=1, seed="abs", conditions=options["conditions"]
+        )
+
+    found = ask()
+    monkeypatch.setattr(blocked, "start", Session)
+    for one, other in zip(found, ask(), strict=True):
+        for name, R in other.relevance.items():
+            np.testing.assert_array_equal(one.relevance[name], R)
+        for name, a in other.activation.items():
+            np.testing.assert_array_equal(one.activation[name], a)
+
+
+def written(model: onnx.ModelProto, folder, *, here: bool) -> Counter:
+    """Operators of the optimised graph, with or without our pass."""
+    make = start if here else Session
+    make(model, "cpu", optimized=folder / "optimised.onnx")
+    graph = onnx.load(folder / "optimised.onnx", load_external_data=False).graph
+    return Counter(node.op_type for node in graph.node)
+
+
+def test_reorders_between_convolutions_go(tmp_path):
+    model = onnxcrp.compile(export(net(32, 64), tmp_path / "net.onnx"), "epsilon_plus_flat", conditions=["4.conv2"])
+    alone, here = (written(model, tmp_path, here=here) for here in (False, True))
+    assert alone["ReorderOutput"] > 25
+    assert here["ReorderOutput"] + here["ReorderInput"] < (alone["ReorderOutput"] + alone["ReorderInput"]) / 3
+    assert here["Resize"] == 0  # zeros between the strides are written on blocked tensors
+    assert {op: here[op] for op in ("Conv", "Mul", "Div", "Add")} == {
+        op: alone[op] for op in ("Conv", "Mul", "Div", "Add")
+    }
+
+
+@pytest.mark.parametrize(
+    ("body", "taken"),
+    [
+        ("p = Mul(y, z)", 1),
+        ("p = Mul(y, half)", 1),
+        ("p = Mul(y, plane)", 0),  # its only reader is the output: the reorder would only move
+        ("m = Mul(y, plane)  p = Conv(m, W)", 1),
+        ("m = Mul(y, other)  p = Conv(m, W)", 1),
+        ("p = Mul(y, column)", 0),
+        ("p = Mul(y, small)", 0),  # [N, C, 1, 1] is blocked too and of another shape
+        ("c = Greater(y, z)  p = Where(c, y, half)", 2),
+    ],
+)
+def test_what_is_taken_blocked(body, taken):
+    """Two convolutions y and z, and what is made of them: run as it is, and by hand in the usual layout."""
+    rng = np.random.default_rng(1)
+    constants = {
+        "W": rng.standard_normal((16, 16, 3, 3)),
+        "V": rng.standard_normal((16, 16, 3, 3)),
+        "S": rng.standard_normal((16, 16, 1, 1)),
+        "half": np.array(0.5),
+        "plane": rng.standard_normal((1, 1, 8, 9)),
+        "column": rng.standard_normal((1, 16, 1, 1)),
+    }
+    text = f"""{HEADER} net (float[n, 16, 10, 11] x, float[n, 16, 8, 9] other) => (float[n, 16, a, b] p) {{
+        y = Conv(x, W)  z = Conv(x, V)  mean = GlobalAveragePool(y)  small = Conv(mean, S)  {body} }}"""
+    model = onnx.parser.parse_model(text)
+    for name, array in constants.items():
+        model.graph.initializer.append(onnx.numpy_helper.from_array(array.astype(np.float32), name))
+    feeds = {"x": rng.standard_normal((2, 16, 10, 11)), "other": rng.standard_normal((2, 16, 8, 9))}
+    feeds = {name: array.astype(np.float32) for name, array in feeds.items()}
+    np.testing.assert_array_equal(start(model, "cpu").run(feeds)["p"], Session(model, "cpu").run(feeds)["p"])
+
+
+def test_subgraphs_and_models_without_convolutions_stay(tmp_path):
+    text = f"{HEADER} net (float[n, 16] x) => (float[n, 16] y) {{ y = Relu(x) }}"
+    model = onnx.parser.parse_model(text)
+    session = start(model, "cpu", optimized=tmp_path / "optimised.onnx")
+    np.testing.assert_array_equal(session.run({"x": -np.ones((1, 16), np.float32)})["y"], 0)
+    text = f"""{HEADER} net (bool c, float[n, 16] x) => (float[n, 16] y) {{
+        y = If(c) <then_branch = g () => (float[n, 16] a) {{ a = Relu(x) }},
+                   else_branch = h () => (float[n, 16] b) {{ b = Neg(x) }}> }}"""
+    assert stay_blocked(onnx.parser.parse_model(text), {}) == 0
+
+
+def test_without_room_for_the_graph_the_model_runs_as_it_is(tmp_path, monkeypatch):
+    model = onnxcrp.compile(export(net(32), tmp_path / "net.onnx"), "epsilon_plus_flat")
+    monkeypatch.setattr(blocked.tempfile, "tempdir", str(tmp_path / "no such folder"))
+    session = start(model, "cpu")
+    assert "x" in session.inputs
+    with pytest.raises(InputError, match="no input 'y'"):
+        session.run({"y": X})
+
+
+def test_shapes_without_weights(tmp_path):
+    path = export(net(32), tmp_path / "net.onnx")
+    found = shapes(onnx.load(path))
+    assert [None, 16, 23, 32] in found.values()
+    assert NCHWC == "com.microsoft.nchwc"
