@@ -29,8 +29,23 @@ from onnxcrp.session import providers as best_first
 NCHWC = "com.microsoft.nchwc"
 WIDEST = 16  # channels of a block, at most
 SMALL = 64  # entries of initializers that shapes may depend on
-UNARY = {"Abs", "Clip", "Erf", "Exp", "Identity", "Neg", "Not", "Reciprocal", "Relu", "Sigmoid", "Sign", "Sqrt", "Tanh"}
-COMPARISONS = {"And", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Or"}
+UNARY = {
+    "Abs",
+    "Cast",
+    "Clip",
+    "Erf",
+    "Exp",
+    "Identity",
+    "Neg",
+    "Not",
+    "Reciprocal",
+    "Relu",
+    "Sigmoid",
+    "Sign",
+    "Sqrt",
+    "Tanh",
+}
+COMPARISONS = {"And", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Or"}
 ELEMENTWISE = UNARY | COMPARISONS | {"Add", "Div", "Max", "Min", "Mul", "Sub", "Where"}
 
 COPIES = {"mode": b"nearest", "coordinate_transformation_mode": b"asymmetric", "nearest_mode": b"floor"}  # of a Resize

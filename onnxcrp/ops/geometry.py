@@ -117,14 +117,19 @@ def spaced(op: Graph, node: Node, s: Value, strides: Sequence[int]) -> Value:
         size = op.Concat([1, 1], op.shape(node.output(), 2), axis=0)
         one = op.constant(np.ones([1] * (n + 2), op.dtype))
         corner = scatter(op, node, op.Expand(1.0, size), one, [1] * n, group=1)
-    scales = op.constant(np.array([1, 1, *strides], np.float32))
-    how = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
-    copies = op.node("Resize", [s, None, scales], how)
+    copies = copied(op, s, strides)
     sizes = list(zip(small, large, strides, strict=True))
     if any(h is None or size is None or h * stride != size for h, size, stride in sizes):
         # a stride of s reads (h - 1) s + 1 .. h s positions
         copies = op.Slice(copies, op.constant(np.zeros(n, np.int64)), node.size(0, 2), list(range(2, n + 2)))
     return copies * corner
+
+
+def copied(op: Graph, s: Value, times: Sequence[int]) -> Value:
+    """s [N, C, h...] -> [N, C, h times...]: every entry fills a window."""
+    scales = op.constant(np.array([1, 1, *times], np.float32))
+    how = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
+    return op.node("Resize", [s, None, scales], how)
 
 
 def common_batch(op: Graph, values: Sequence[Value], rank: int) -> list[Value]:

@@ -10,7 +10,7 @@ import onnx_graphsurgeon as gs
 from onnxcrp.errors import UnsupportedError
 from onnxcrp.evaluate import Attributes, evaluate_node, resize_matrix
 from onnxcrp.graph import Graph, Value
-from onnxcrp.ops.geometry import expand_batch, pads_itself, scatter, separable, window
+from onnxcrp.ops.geometry import copied, expand_batch, pads_itself, scatter, separable, window
 from onnxcrp.ops.registry import KEEPS, NONNEGATIVE, Node, Ones, transpose
 
 
@@ -86,15 +86,16 @@ def max_pool(op: Graph, node: Node, s: Value) -> Value:
     attrs = dict(node.attrs)
     attrs.pop("storage_order", None)
     if _tiles(node):
-        return _max_pool_of_tiles(op, node, a, s, attrs)
+        return copied(op, s, attrs["kernel_shape"]) * _winners_of_tiles(op, node, a, attrs)
     indices = op.node("MaxPool", [a], attrs, outputs=2)[1]
     size = op.ReduceProd(node.size(0, 1), keepdims=1)
+    places = op.Reshape(op.Mod(indices, size), op.Concat(op.shape(a, 0, 1), [-1], axis=0))
     # a message that does not depend on the sample (a seed of ones) has batch 1 where the winners have more
     s = expand_batch(op, s, op.Max(op.shape(s, 0, 1), op.shape(a, 0, 1)), node.rank(0))
     flat = op.Reshape(s, op.Concat(op.shape(s, 0, 1), [-1], axis=0))
-    places = op.Expand(op.Reshape(op.Mod(indices, size), op.Concat(op.shape(a, 0, 1), [-1], axis=0)), op.shape(flat))
     zeros = op.Expand(0.0, op.Concat(op.shape(s, 0, 1), size, axis=0))
-    return op.Reshape(op.ScatterElements(zeros, places, flat, axis=1, reduction="add"), node.full_size(0))
+    scattered = op.ScatterElements(zeros, op.Expand(places, op.shape(flat)), flat, axis=1, reduction="add")
+    return op.Reshape(scattered, node.full_size(0))
 
 
 def _tiles(node: Node) -> bool:
@@ -111,24 +112,19 @@ def _tiles(node: Node) -> bool:
     )
 
 
-def _max_pool_of_tiles(op: Graph, node: Node, a: Value, s: Value, attrs: dict[str, Any]) -> Value:
-    """Windows that do not overlap: [N, C, h, 1, w, 1] times a mask [1, C, h, k, w, k] of the winners.
+def _winners_of_tiles(op: Graph, node: Node, a: Value, attrs: dict[str, Any]) -> Value:
+    """Ones at the first maximum of every window, zeros elsewhere, for windows that do not overlap: [N, C, H...].
 
-    The mask is made once for the sample, so N conditions cost one product each.
+    All that are as large as their window's maximum get a rank, the first one of a window the highest; the highest wins.
+    Made once for the sample, so that N conditions cost one product each.
     """
-    kernel, channels = attrs["kernel_shape"], node.dims(0)[1]
-    if channels is None:
-        raise UnsupportedError(f"{node!r}: the number of channels is not known")
-    small = [int(d) // k for d, k in zip(node.dims(0)[2:], kernel, strict=True)]  # type: ignore[arg-type]
-    indices = op.node("MaxPool", [a], attrs, outputs=2)[1]
-    size = op.ReduceProd(node.size(0, 1), keepdims=1)
-    places = op.Reshape(op.Mod(indices, size), op.Concat(op.shape(a, 0, 1), [-1], axis=0))
-    zeros = op.Expand(0.0, op.Concat(op.shape(a, 0, 1), size, axis=0))
-    winners = op.ScatterElements(zeros, places, op.Expand(1.0, op.shape(places)), axis=1)
-    tiles = [n for pair in zip(small, kernel, strict=True) for n in pair]
-    spots = [n for h in small for n in (h, 1)]
-    split = op.Reshape(winners, [-1, channels, *tiles]) * op.Reshape(s, [-1, channels, *spots])
-    return op.Reshape(split, node.full_size(0))
+    kernel = attrs["kernel_shape"]
+    descending = np.arange(np.prod(kernel), 0, -1, dtype=op.dtype).reshape(kernel)
+    times = [int(d) // k for d, k in zip(node.dims(0)[2:], kernel, strict=True)]  # type: ignore[arg-type]
+    rank = op.constant(np.tile(descending, times)[None, None])
+    ranks = op.float(op.Equal(a, copied(op, node.output(), kernel))) * rank
+    best = op.node("MaxPool", [ranks], attrs)
+    return op.float(op.Equal(ranks, copied(op, best, kernel)))
 
 
 # ---- whole axes ------------------------------------------------------------------------------------------------------
