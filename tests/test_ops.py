@@ -145,6 +145,13 @@ CONVS = [
     ((2, 10), (3, 2, 1), {"strides": [3]}),
     ((2, 5, 4, 5), (3, 2, 1, 1, 1), {"strides": [2, 1, 2]}),
     ((2, 7, 7), (3, 2, 2, 2), {"strides": [4, 4]}),
+    # one kernel per channel, in blocks of 16
+    ((16, 9, 8), (16, 1, 3, 3), {"group": 16, "strides": [2, 2], "pads": [1, 1, 1, 1]}),
+    ((32, 10, 12), (32, 1, 5, 4), {"group": 32, "strides": [2, 3], "pads": [2, 1, 2, 2]}),
+    ((16, 12, 11), (16, 1, 3, 3), {"group": 16, "strides": [2, 2], "dilations": [2, 2], "pads": [2, 2, 1, 2]}),
+    ((16, 8, 8), (16, 1, 3, 3), {"group": 16, "strides": [2, 2]}),  # the strides end before the input does
+    ((16, 20), (16, 1, 4), {"group": 16, "strides": [2], "pads": [1, 2]}),
+    ((16, 5, 6, 5), (16, 1, 3, 2, 3), {"group": 16, "strides": [2, 2, 1], "pads": [1, 0, 1, 1, 1, 1]}),
     ((2, 5, 6, 7), (3, 2, 3, 2, 3), {"strides": [1, 2, 2], "pads": [1, 0, 1, 1, 1, 0]}),
 ]
 
@@ -369,6 +376,29 @@ def test_max_pool_gives_ties_to_the_first() -> None:
         )
         expected = [1, 0, 2, 0] if attrs["strides"] == [2] else [1, 2, 0, 0]
         assert r.reshape(-1).tolist() == expected
+
+
+def test_max_pool_over_tiles_gives_ties_to_the_first_of_each() -> None:
+    """Against a walk over the windows, on few different values."""
+    rng = np.random.default_rng(0)
+    a = rng.integers(-1, 1, (2, 3, 6, 8)).astype(np.float32)
+    R = rng.standard_normal((2, 3, 2, 4)).astype(np.float32)
+    expected = np.zeros_like(a)
+    for n, c, h, w in np.ndindex(*R.shape):
+        tile = a[n, c, 3 * h : 3 * h + 3, 2 * w : 2 * w + 2]
+        row, column = np.unravel_index(tile.argmax(), tile.shape)
+        expected[n, c, 3 * h + row, 2 * w + column] = R[n, c, h, w]
+    sizes = {"x": [6, 8], "y": [2, 4], "s": [2, 4]}
+    x, y, s = (gs.Variable(name, np.float32, [None, 3, *size]) for name, size in sizes.items())
+    attrs = {"kernel_shape": [3, 2], "strides": [3, 2]}
+    node = gs.Node("MaxPool", "pool", attrs, [x], [y])
+    op = Graph(opset=OPSET, nodes=[node])
+    view = Node(op, node, data=[0], nonnegative=set(), name="pool")
+    back = OPS["MaxPool"].transpose(op, view, op.value(s))
+    end = gs.Variable("end", np.float32)
+    op.nodes.append(gs.Node("Identity", "end", inputs=[back.tensor], outputs=[end]))
+    (found,) = run(op.nodes, [x, s], [end], {"x": a, "s": R})
+    np.testing.assert_array_equal(found, expected)
 
 
 # ---- derivatives of what is not linear, against central differences of the operator itself --------------------------
