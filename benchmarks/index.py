@@ -306,7 +306,7 @@ PARTS = ("all", "late", "memory", "size")
 @click.command(help=__doc__)
 @click.option("--only", multiple=True, type=click.Choice(PARTS))
 @click.option("--quick", is_flag=True, help="One round over few samples, and up to 10,000 signals.")
-@click.option("--samples", type=int, default=None, help="Pictures (default 256, quick 64).")
+@click.option("--samples", type=int, default=None, help="Pictures (default 1024, quick 64).")
 @click.option("--json", "path", metavar="FILE")
 @click.option("--child", "alone_as", hidden=True)
 def main(only: tuple[str, ...], quick: bool, samples: int | None, path: str | None, alone_as: str | None) -> None:
@@ -320,7 +320,7 @@ def main(only: tuple[str, ...], quick: bool, samples: int | None, path: str | No
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for which in (part for part in parts if part in LAYERS):
-            count, rounds = samples or (64 if quick else 256), 1 if quick else 3
+            count, rounds = samples or (64 if quick else 1024), 1 if quick else 3
             results[which] = speed(which, folder, samples=count, rounds=rounds)
             rows += speed_rows(which, results[which])
             write_json(path, results)

@@ -626,7 +626,22 @@ class _Writer:
                 return op.ReduceSum(flat, [2], keepdims=0)
             if how == "max":
                 return op.ReduceMax(flat, [2], keepdims=0)
+            return self._position(value, flat, rank)
+
+    def _position(self, value: Value, flat: Value, rank: int) -> Value:
+        """Where the first maximum of value [N, C, ..., w] lies in flat [N, C, all]: [N, C].
+
+        Where rows are long, first the row, then the place in it: ArgMax takes far longer than ReduceMax.
+        """
+        op = self.op
+        width = op.shape(value, rank - 1)
+        if rank < 4:
             return op.ArgMax(flat, axis=2, keepdims=0)
+        rows = op.Reshape(op.ReduceMax(value, [rank - 1], keepdims=0), [0, 0, -1])
+        row = op.ArgMax(rows, axis=2, keepdims=1)
+        lines = op.Reshape(value, op.Concat([0, 0, -1], width, axis=0))
+        place = op.ArgMax(op.GatherND(lines, row, batch_dims=2), axis=2, keepdims=0)
+        return op.Add(op.Mul(op.Squeeze(row, [2]), width), place)
 
     def _assemble(
         self,

@@ -495,7 +495,8 @@ def stabilize(z: Value, epsilon: float) -> Value:
         return graph.as_value(float(epsilon))
     if z.nonnegative:
         return z + float(epsilon)
-    return z + graph.Where(z >= 0.0, float(epsilon), -float(epsilon))
+    # twice epsilon less epsilon is exact, and a product faster than Where
+    return z + (graph.float(z >= 0.0) * (2 * float(epsilon)) - float(epsilon))
 
 
 def _frozen(attrs: dict[str, Any]) -> tuple:
