@@ -23,6 +23,7 @@ import numpy as np
 import onnx
 
 from onnxcrp.errors import ModelError
+from onnxcrp.profiling import BLOCKED
 from onnxcrp.session import CPU, Provider, Session, skeleton
 from onnxcrp.session import providers as best_first
 
@@ -210,7 +211,8 @@ class _Rewriter:
         if not all(scales) or self.shapes[source][1] != self.shapes[target][1]:
             return False
         form, how = f"{target}/blocked", {"mode": "nearest", "coordinate_transformation_mode": "asymmetric"}
-        self._append("Upsample", [self.blocked[source]], form, domain=NCHWC, scales=[1, 1, *scales], **how)
+        name = f"{node.name}{BLOCKED}"
+        self._append("Upsample", [self.blocked[source]], form, name, domain=NCHWC, scales=[1, 1, *scales], **how)
         self._now_blocked(target, form)
         return True
 
@@ -255,5 +257,5 @@ class _Rewriter:
             self.only_blocked.remove(name)
             self._append("ReorderOutput", [self.blocked[name]], name, domain=NCHWC, channels=self.shapes[name][1])
 
-    def _append(self, op: str, inputs: list[str], output: str, **attributes: Any) -> None:
-        self.nodes.append(onnx.helper.make_node(op, inputs, [output], name=f"{op}/{output}", **attributes))
+    def _append(self, op: str, inputs: list[str], output: str, name: str | None = None, **attributes: Any) -> None:
+        self.nodes.append(onnx.helper.make_node(op, inputs, [output], name=name or f"{output}/{op}", **attributes))

@@ -20,6 +20,7 @@ from click.testing import CliRunner
 import onnxcrp
 from onnxcrp import plugins
 from onnxcrp.cli import main
+from onnxcrp.index import Index
 from onnxcrp.lrp import RULES
 from onnxcrp.ops import CARRIES_NONE, OPS
 
@@ -106,6 +107,25 @@ def test_the_compiled_model_runs_without_us(page: Path) -> None:
     session = onnxruntime.InferenceSession("relevance.onnx", providers=["CPUExecutionProvider"])
     (R,) = session.run(["relevance.x"], {"x": X, "target": np.array([[1, 0]], np.float32)})
     np.testing.assert_allclose(R, by_hand(X.astype(np.float64))[None], rtol=1e-5)
+
+
+def test_an_index_with_the_plugin(page: Path) -> None:
+    """Scores of relevance and activation against the formula; another plugin may not go on with the index."""
+    x = np.random.default_rng(0).standard_normal((6, 2)).astype(np.float32)
+    np.savez("data.npz", x)
+    build = ("index", "build", "prototypes.onnx", "data.npz", "--plugin", "acme.py", "-c", "prototypes.toml")
+    ask(*build, "--layer", "d", "--target", "predicted", "--no-normalize", "--k", "6", "-o", "i", "--checkpoint", "0")
+    index = Index.open("i")
+    (layer,) = index.layers
+    d = ((x[:, None, :] - P) ** 2).sum(2)
+    scores = {"actmax": d, "relmax": d * W[(d @ W.T).argmax(1)]}
+    for criterion, expected in scores.items():
+        found = index.top(layer, 1, criterion, "sum")
+        np.testing.assert_allclose(found["score"], np.sort(expected[:, 1])[::-1], rtol=1e-4)
+    done = ask("concepts", "prototypes.onnx", "sample.npy", "--plugin", "acme.py", "--index", "i", "--layer", layer)
+    assert layer in done.stdout
+    Path("acme.py").write_text(Path("acme.py").read_text(encoding="utf-8") + "# changed\n", encoding="utf-8")
+    assert "plugins" in ask(*build, "--layer", "d", "--no-normalize", "--k", "6", "-o", "i", code=1).stderr
 
 
 def test_bench_measures_memory_with_the_plugin(page: Path) -> None:

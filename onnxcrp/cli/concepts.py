@@ -35,6 +35,7 @@ from onnxcrp.cli.output import columns, heading, picture, steps, write_json, wro
 @options.class_names
 @options.picture
 @options.moved_data
+@options.plugin
 @options.runtime
 @options.as_json
 @options.quiet
@@ -82,11 +83,11 @@ def command(
     with steps(quiet=quiet) as step:
         step("opening")
         opened = open_index(index, class_names=class_names, data=data)
-        for layer in layers:
-            opened.layer(layer)
         explainer = opened.explainer(
             model, providers=list(providers) or None, threads=threads, memory_limit=memory_limit
         )
+        for layer in layers:
+            opened.layer(layer)
         samples = read_samples([sample], opened.preprocessing, explainer.canonical)
         first = next(samples)
         if next(samples, None) is not None:

@@ -24,10 +24,20 @@ DEATHS = 3  # of actors per one that was asked for, before the build gives up
 class Worker:
     """What an actor does: blocks into a state of its own, each task written as a part before it counts as done."""
 
-    def __init__(self, recipe: Recipe, served: dict[str, dict[int, Any]] | None, parts: str, question: Any) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        served: dict[str, dict[int, Any]] | None,
+        parts: str,
+        question: Any,
+        plugins: Sequence[str] = (),
+    ) -> None:
         from onnxcrp.index.builder import Keeper
         from onnxcrp.index.work import Work
+        from onnxcrp.plugins import load_plugin
 
+        for path in plugins:
+            load_plugin(path)
         self.work = Work(recipe)
         if self.work.question != question:
             raise OnnxcrpError("a worker sees another model or other data than the driver", hint="is the path shared?")
@@ -68,6 +78,7 @@ def run_on_ray(
     except ImportError:
         raise OnnxcrpError("engine ray needs Ray", hint='pip install "onnxcrp[index,ray]"') from None
     from onnxcrp.index.builder import Keeper, merged_if_new, part_folders
+    from onnxcrp.plugins import loaded
 
     if not ray.is_initialized():
         ray.init(address=address, include_dashboard=False if address is None else None, log_to_driver=False)
@@ -95,7 +106,7 @@ def run_on_ray(
 
     def start() -> Any:
         return Actor.options(max_restarts=0, **options).remote(
-            recipe, state.served, str(parts.resolve()), work.question
+            recipe, state.served, str(parts.resolve()), work.question, loaded()
         )
 
     size = max(1, -(-len(missing) // (count * SHARE)))

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -25,6 +26,7 @@ from onnxcrp.index import store
 from onnxcrp.index.dataset import NO_LABEL, Data, Port, open_data
 from onnxcrp.index.reduce import AGGREGATES, CRITERIA, LayerRow, Reducer, Scores, choose_layers, describe_layers
 from onnxcrp.index.state import Layout, Rows, State
+from onnxcrp.plugins import loaded
 
 BLOCK = 256  # samples
 FULL_CLASSES = 10  # per concept, with lists per class in full
@@ -161,6 +163,7 @@ class Work:
     def _question(self) -> dict[str, Any]:
         """What the numbers of an index depend on, but for the data: what may not change while it grows."""
         recipe, explainer = self.recipe, self.explainer
+        plugins = sorted(hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in loaded())
         return {
             "model_sha256": explainer.canonical.sha256,
             "output": explainer.facts.output,
@@ -176,6 +179,7 @@ class Work:
             "full_classes": recipe.full_classes,
             "block": recipe.block,
             "preprocessing": preprocessing_json(self.port.preprocessing),
+            **({"plugins": plugins} if plugins else {}),
         }
 
     def manifest(self, state: State, *, complete: bool) -> dict[str, Any]:

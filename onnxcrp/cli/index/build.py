@@ -37,6 +37,7 @@ SAID = 5  # skipped samples that are named
               "  [default: labels.csv in the folder, else its class folders in sorted order]")  # fmt: skip
 @click.option("--label-offset", type=int, default=0, show_default=True, help="Added to every label.")
 @options.composite
+@options.plugin
 @click.option("--k", type=click.IntRange(1), default=40, show_default=True, help="Reference samples per concept.")
 @click.option("--criteria", default="relmax,actmax", show_default=True, metavar="NAMES",
               help="By relevance, by activation, or both.")  # fmt: skip

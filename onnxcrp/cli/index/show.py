@@ -31,6 +31,7 @@ from onnxcrp.cli.output import columns, heading, picture, progress, write_json, 
 @options.styles
 @options.picture
 @options.moved
+@options.plugin
 @options.runtime
 @options.as_json
 @options.quiet
