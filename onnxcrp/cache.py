@@ -131,11 +131,11 @@ class Cache:
         `start(model, optimize=..., optimized=...)` makes the Session. With `cpu` the graph is stored as the runtime
         optimised it, for this processor; other providers' are optimised anew at every start.
         """
-        from onnxcrp.session import save
+        from onnxcrp.session import metadata, save
 
         if extended():
             model = compile()
-            return start(model), {entry.key: entry.value for entry in model.metadata_props}
+            return start(model), metadata(model)
         path = self._entry("relevance", {**key, "processor": processor() if cpu else ""})
 
         def read(folder: Path) -> tuple[Session, dict[str, str]]:
@@ -145,17 +145,17 @@ class Cache:
         if found is not None:
             return found
         model = compile()
-        metadata = {entry.key: entry.value for entry in model.metadata_props}
+        about = metadata(model)
         made: list[Session] = []
 
         def write(folder: Path) -> dict[str, Any]:
             if not cpu:
                 save(model, folder / MODEL)
             made.append(start(model, optimized=folder / MODEL if cpu else None))
-            return {"metadata": metadata}
+            return {"metadata": about}
 
         self._store(path, write)
-        return made[0] if made else start(model), metadata
+        return made[0] if made else start(model), about
 
     # --- entries ------------------------------------------------------------------------------------------------------
 

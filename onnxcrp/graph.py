@@ -495,6 +495,8 @@ def stabilize(z: Value, epsilon: float) -> Value:
         return graph.as_value(float(epsilon))
     if z.nonnegative:
         return z + float(epsilon)
+    if z.nonpositive:  # known of sums of terms of one sign alone: where it is 0 so are these, and either sign will do
+        return z - float(epsilon)
     # twice epsilon less epsilon is exact, and a product faster than Where
     return z + (graph.float(z >= 0.0) * (2 * float(epsilon)) - float(epsilon))
 

@@ -150,7 +150,8 @@ class Layer:
         assert self.about.forward is not None
         z = self.about.forward(self.op, self.node, a, W, b)
         alike = (a.nonnegative and W.nonnegative) or (a.nonpositive and W.nonpositive)
-        return z._if(nonnegative=alike and b.nonnegative)
+        unlike = (a.nonnegative and W.nonpositive) or (a.nonpositive and W.nonnegative)
+        return z._if(nonnegative=alike and b.nonnegative, nonpositive=unlike and b.nonpositive)
 
     def T(self, s: Any, W: Value | None = None) -> Any:
         """The transpose of L(W,0): [N, out...] -> [N, in...]."""
@@ -234,13 +235,13 @@ def gamma(layer: Layer, R: Value, *, gamma: float = 0.25) -> Value:
     x, y = positive(a), negative(a)
 
     z = layer.stab(layer(x, up_W, up_b) + layer(y, down_W))
-    p = R / z if layer.vanishes else op.where(layer.z > 0.0, R / z, 0.0)
+    p = R / z if layer.vanishes else R / z * op.float(layer.z > 0.0)
     back = x * layer.T(p, up_W) + y * layer.T(p, down_W)
     if layer.vanishes:
         return back
 
     z = layer.stab(layer(x, down_W, down_b) + layer(y, up_W))
-    q = op.where(layer.z < 0.0, R / z, 0.0)
+    q = R / z * op.float(layer.z < 0.0)
     return back + x * layer.T(q, down_W) + y * layer.T(q, up_W)
 
 

@@ -16,6 +16,7 @@ from onnxcrp.condition import mask
 from onnxcrp.device import is_device_array
 from onnxcrp.errors import CompositeError, InputError, QuestionError, UnsupportedError
 from onnxcrp.inputs import check_array, check_device_array
+from onnxcrp.session import metadata
 from onnxcrp.stages import Staged, split
 
 if TYPE_CHECKING:
@@ -252,10 +253,10 @@ class RelevanceModels:
             outputs = [port.name for port in model.graph.output]
             keep = [] if plan == self.everything else self._activations
             session = Staged(split(model, _questions(model)), outputs, keep, start)
-            metadata = _metadata(model)
+            about = metadata(model)
         elif self._cache is None:
             model = self._write(plan)
-            session, metadata = start(model), _metadata(model)
+            session, about = start(model), metadata(model)
         else:
             from onnxcrp.session import CPU, providers
 
@@ -264,8 +265,8 @@ class RelevanceModels:
             key: dict[str, Any] = {"sha256": self.canonical.sha256, "composite": self._composite(plan).text}
             key |= {"plan": asdict(plan), "options": dict(self._compile_options), "providers": chosen}
             cpu = [name for name, _ in chosen] == [CPU]
-            session, metadata = self._cache.session(key, lambda: self._write(plan), start, cpu=cpu)
-        names = json.loads(metadata["onnxcrp.map"])
+            session, about = self._cache.session(key, lambda: self._write(plan), start, cpu=cpu)
+        names = json.loads(about["onnxcrp.map"])
         relevance = {f"input/{name}": output for name, output in names["inputs"].items()}
         relevance |= {f"layer/{name}": output for name, output in names["relevance"].items()}
         return Program(
@@ -276,8 +277,8 @@ class RelevanceModels:
             activation=names["activation"],
             explained=names["explained"],
             outputs=names["outputs"],
-            shares_forward=json.loads(metadata["onnxcrp.facts"])["shares_forward"],
-            size=int(metadata[SIZE]),
+            shares_forward=json.loads(about["onnxcrp.facts"])["shares_forward"],
+            size=int(about[SIZE]),
         )
 
     def _start(self, model: Any, *, optimize: bool = True, optimized: Any = None, plan_memory: bool = True) -> Session:
@@ -361,13 +362,9 @@ class RelevanceModels:
         }
 
 
-def _metadata(model: onnx.ModelProto) -> dict[str, str]:
-    return {entry.key: entry.value for entry in model.metadata_props}
-
-
 def _questions(model: onnx.ModelProto) -> set[str]:
     """The inputs of a relevance model that ask: target, masks, seeds."""
-    return set(_feeds(json.loads(_metadata(model)["onnxcrp.map"])).values())
+    return set(_feeds(json.loads(metadata(model)["onnxcrp.map"])).values())
 
 
 def _feeds(names: Mapping[str, Any]) -> dict[str, str]:

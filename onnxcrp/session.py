@@ -421,6 +421,11 @@ def _externalize(model: onnx.ModelProto, file: IO[bytes], location: str) -> onnx
     return slim
 
 
+def metadata(model: onnx.ModelProto) -> dict[str, str]:
+    """The metadata of a model: key -> value."""
+    return {entry.key: entry.value for entry in model.metadata_props}
+
+
 def skeleton(model: onnx.ModelProto) -> onnx.ModelProto:
     """A copy of a model without its initializers, which may be more than a protobuf message can hold."""
     import onnx

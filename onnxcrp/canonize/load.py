@@ -28,6 +28,7 @@ from onnxcrp.canonize.edit import DOMAIN, Names, quiet, set_constant, set_output
 from onnxcrp.canonize.report import PassReport
 from onnxcrp.errors import ModelError
 from onnxcrp.ops.registry import claimed, key_of
+from onnxcrp.session import metadata
 
 OPSET = 18  # what canonical graphs are written in, unless the file is newer
 OLDEST = 7
@@ -95,7 +96,7 @@ def load(model: str | os.PathLike | onnx.ModelProto) -> Source:
         scopes={name: scope for name, scope in found.items() if scope},
         weights=_weights(graph),
         ops={name: op for name, op in ops.items() if op},
-        metadata={entry.key: entry.value for entry in proto.metadata_props},
+        metadata=metadata(proto),
     )
 
 

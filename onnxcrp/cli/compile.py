@@ -81,7 +81,7 @@ def command(
     from onnxcrp.backward import compile
     from onnxcrp.canonize import canonize
     from onnxcrp.facts import Facts
-    from onnxcrp.session import save
+    from onnxcrp.session import metadata, save
 
     if inputs and no_inputs:
         raise click.UsageError("--input and --no-inputs exclude each other.")
@@ -113,7 +113,6 @@ def command(
         )
         step("writing")
         save(written, out)
-    properties = {entry.key: entry.value for entry in written.metadata_props}
     names = {
         "inputs": [port.name for port in written.graph.input],
         "outputs": [port.name for port in written.graph.output],
@@ -121,5 +120,5 @@ def command(
     if as_json:
         import json
 
-        write_json({"file": out, **names, "map": json.loads(properties["onnxcrp.map"])})
+        write_json({"file": out, **names, "map": json.loads(metadata(written)["onnxcrp.map"])})
     wrote(out, f"{', '.join(names['inputs'])} -> {', '.join(names['outputs'])}", quiet=quiet)

@@ -110,7 +110,7 @@ class Reducer:
     ) -> None:
         from onnxcrp import blocked
         from onnxcrp.backward import compile
-        from onnxcrp.session import CPU
+        from onnxcrp.session import CPU, metadata
         from onnxcrp.session import providers as chosen
 
         self.explainer, self.layers, self.normalize = explainer, list(layers), normalize
@@ -131,11 +131,11 @@ class Reducer:
             reduce=(*self.aggregate, "argmax"),
             **options,
         )
-        meta = {entry.key: entry.value for entry in relevance.metadata_props}
-        names = json.loads(meta["onnxcrp.map"])
+        about = metadata(relevance)
+        names = json.loads(about["onnxcrp.map"])
         self.outputs: dict[str, dict[str, str]] = names["reduced"]  # layer -> "relevance.sum" -> output
         self.explained: str = names["explained"]
-        self.shares_forward = bool(json.loads(meta["onnxcrp.facts"])["shares_forward"])
+        self.shares_forward = bool(json.loads(about["onnxcrp.facts"])["shares_forward"])
         self.target_input: str = names["target"]
         if target == "predicted":
             _predict_inside(relevance, self.target_input, self.explained)
