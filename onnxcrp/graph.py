@@ -485,7 +485,7 @@ def negative(x: Value) -> Value:
         return x.graph.zero
     if x.array is not None:
         return x.graph.derive(x, "negative", lambda array: np.minimum(array, 0), lambda x: x.graph.Min(x, 0.0))
-    return (-x.graph.Relu(-x))._if(nonpositive=True)
+    return x.graph.Min(x, 0.0)._if(nonpositive=True)
 
 
 def stabilize(z: Value, epsilon: float) -> Value:
