@@ -634,9 +634,9 @@ class _Writer:
         Where rows are long, first the row, then the place in it: ArgMax takes far longer than ReduceMax.
         """
         op = self.op
-        width = op.shape(value, rank - 1)
         if rank < 4:
             return op.ArgMax(flat, axis=2, keepdims=0)
+        width = op.shape(value, rank - 1)
         rows = op.Reshape(op.ReduceMax(value, [rank - 1], keepdims=0), [0, 0, -1])
         row = op.ArgMax(rows, axis=2, keepdims=1)
         lines = op.Reshape(value, op.Concat([0, 0, -1], width, axis=0))

@@ -17,12 +17,14 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
 
 from onnxcrp.errors import ModelError
+from onnxcrp.ops.geometry import COPIES, pooled
 from onnxcrp.profiling import BLOCKED
 from onnxcrp.session import CPU, Provider, Session, skeleton
 from onnxcrp.session import providers as best_first
@@ -30,28 +32,17 @@ from onnxcrp.session import providers as best_first
 NCHWC = "com.microsoft.nchwc"
 WIDEST = 16  # channels of a block, at most
 SMALL = 64  # entries of initializers that shapes may depend on
-UNARY = {
-    "Abs",
-    "Cast",
-    "Clip",
-    "Erf",
-    "Exp",
-    "Identity",
-    "Neg",
-    "Not",
-    "Reciprocal",
-    "Relu",
-    "Sigmoid",
-    "Sign",
-    "Sqrt",
-    "Tanh",
-}
+FLOAT, BOOL = onnx.TensorProto.FLOAT, onnx.TensorProto.BOOL
+UNARY = {"Abs", "Cast", "Clip", "Erf", "Exp", "Identity", "Neg", "Not", "Reciprocal", "Relu", "Sigmoid", "Sign", "Sqrt"}
 COMPARISONS = {"And", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Or"}
-ELEMENTWISE = UNARY | COMPARISONS | {"Add", "Div", "Max", "Min", "Mul", "Sub", "Where"}
+ELEMENTWISE = UNARY | COMPARISONS | {"Add", "Div", "Max", "Min", "Mul", "Sub", "Tanh", "Where"}
 
-COPIES = {"mode": b"nearest", "coordinate_transformation_mode": b"asymmetric", "nearest_mode": b"floor"}  # of a Resize
 
-Shapes = Mapping[str, Sequence[int | None]]
+class Known(NamedTuple):
+    """What is known of a tensor without running it: sizes, None where only the run knows, and element type."""
+
+    sizes: list[int | None]
+    kind: int
 
 
 def start(
@@ -72,7 +63,7 @@ def start(
         with contextlib.suppress(OSError, ModelError), _file(optimized) as path:
             Session(model, providers, optimized=path, prepack=False, **once)
             graph = onnx.load(path, load_external_data=False)
-            stay_blocked(graph, shapes(model))
+            stay_blocked(graph, known(model))
             path.write_bytes(graph.SerializeToString())
             return Session(path, providers, optimize=False, **options)
     return Session(model, providers, optimize=optimize, optimized=optimized, **options)
@@ -92,51 +83,76 @@ def _file(path: str | os.PathLike[str] | None) -> Iterator[Path]:
         yield Path(folder) / "model.onnx"
 
 
-def shapes(model: onnx.ModelProto) -> dict[str, list[int | None]]:
-    """Name -> sizes, None where unknown, of all that shape inference finds; weights count by their shapes alone."""
+def known(model: onnx.ModelProto) -> dict[str, Known]:
+    """Name -> what shape inference finds of a tensor; weights count by their shapes alone.
+
+    Nothing at all where it miscounts the windows of a pool with ceil_mode: what follows would be wrong as well.
+    """
     slim = skeleton(model)
+    del slim.graph.value_info[:]
     ports = {port.name for port in slim.graph.input}
     for tensor in model.graph.initializer:
+        if tensor.name in ports:  # a default, which a caller may replace by something of another shape
+            continue
         if np.prod(tensor.dims) <= SMALL:
             slim.graph.initializer.add().CopyFrom(tensor)
-        elif tensor.name not in ports:
+        else:
             port = onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))
             slim.graph.input.append(port)
     try:
         slim = onnx.shape_inference.infer_shapes(slim, data_prop=True)
     except Exception:  # onnx raises several kinds: what is not known stays as it is
         return {}
-    return {
-        port.name: [d.dim_value if d.HasField("dim_value") else None for d in port.type.tensor_type.shape.dim]
-        for port in (*slim.graph.value_info, *slim.graph.input, *slim.graph.output)
-        if port.type.tensor_type.HasField("shape")
-    }
+    found = {}
+    for port in (*slim.graph.value_info, *slim.graph.input, *slim.graph.output):
+        tensor_type = port.type.tensor_type
+        if tensor_type.HasField("shape"):
+            sizes = [d.dim_value if d.HasField("dim_value") else None for d in tensor_type.shape.dim]
+            found[port.name] = Known(sizes, tensor_type.elem_type)
+    return found if all(_counted(node, found) for node in slim.graph.node) else {}
 
 
-def stay_blocked(model: onnx.ModelProto, shapes: Shapes) -> int:
+def _counted(node: onnx.NodeProto, found: Mapping[str, Known]) -> bool:
+    """Whether the inferred sizes of a pool are those of the runtime."""
+    attrs = {each.name: onnx.helper.get_attribute_value(each) for each in node.attribute}
+    if not attrs.get("ceil_mode") or node.input[0] not in found or node.output[0] not in found:
+        return True
+    small, large = (found[name].sizes[2:] for name in (node.output[0], node.input[0]))
+    view: Any = SimpleNamespace(attrs=attrs)
+    return all(
+        h is None or size is None or h == pooled(view, axis, size, k)
+        for axis, (h, size, k) in enumerate(zip(small, large, attrs["kernel_shape"], strict=True))
+    )
+
+
+def stay_blocked(model: onnx.ModelProto, tensors: Mapping[str, Known]) -> int:
     """Change an optimised graph in place so that elementwise nodes between convolutions stay blocked.
 
-    `shapes` are those of the model before it was optimised. Returns how many nodes now take blocked tensors.
+    `tensors`: those of the model before it was optimised. Returns how many nodes now take blocked ones.
     """
     if any(attribute.HasField("g") or attribute.graphs for node in model.graph.node for attribute in node.attribute):
         return 0  # subgraphs read tensors unseen
-    return _Rewriter(model.graph, shapes).rewrite()
+    return _Rewriter(model.graph, tensors).rewrite()
 
 
 class _Rewriter:
     """One pass over the nodes in order. A tensor may exist blocked, in the usual layout, or both."""
 
-    def __init__(self, graph: onnx.GraphProto, shapes: Shapes) -> None:
-        self.graph, self.shapes = graph, shapes
-        self.numbers = {tensor.name for tensor in graph.initializer if np.prod(tensor.dims) == 1}
+    def __init__(self, graph: onnx.GraphProto, tensors: Mapping[str, Known]) -> None:
+        self.graph, self.tensors = graph, tensors
+        fed = {port.name for port in graph.input}
+        self.constants = {t.name: t for t in graph.initializer if t.name not in fed and np.prod(t.dims) <= SMALL}
         self.outputs = {port.name for port in graph.output}
         self.readers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
+        self.taken = fed | {tensor.name for tensor in graph.initializer}
         for node in graph.node:
+            self.taken.update(node.output)
             for name in node.input:
                 self.readers[name].append(node)
         self.blocked: dict[str, str] = {}  # tensor -> its blocked form
         self.only_blocked: set[str] = set()  # tensors of which the usual form is not written yet
-        self.same: dict[str, str] = {}  # output of a ReorderInput that goes -> what stands for it
+        self.expanded: dict[tuple[str, int], str] = {}  # (tensor [1, 1, H, W], C) -> [1, C, H, W]
+        self.stands_for: dict[str, str] = {}  # output of a ReorderInput that went -> the blocked tensor that was there
         self.nodes: list[onnx.NodeProto] = []
 
     def rewrite(self) -> int:
@@ -148,11 +164,11 @@ class _Rewriter:
             if self._is_reorder(node, "ReorderInput") and self._fits(node.input[0]):
                 source, target = node.input[0], node.output[0]
                 if source in self.blocked:
-                    self.same[target] = self.blocked[source]
+                    self.stands_for[target] = self.blocked[source]
                     continue
                 self.blocked[source] = target
             for at, name in enumerate(node.input):
-                node.input[at] = self.same.get(name, name)
+                node.input[at] = self.stands_for.get(name, name)
             if self._elementwise(node) or self._copied(node):
                 count += 1
                 continue
@@ -169,19 +185,25 @@ class _Rewriter:
         return node.domain == NCHWC and node.op_type == which and not last
 
     def _fits(self, name: str) -> bool:
-        """[N, C, H, W] of known sizes, whose blocks are full."""
-        sizes = self.shapes.get(name, ())
-        return len(sizes) == 4 and None not in sizes[1:] and sizes[1] % WIDEST == 0  # type: ignore[operator]
+        """float or bool [N, C, H, W] of known sizes, whose blocks are full."""
+        if name not in self.tensors or len(self.tensors[name].sizes) != 4:
+            return False
+        _, channels, *sizes = self.tensors[name].sizes
+        full = channels is not None and channels % WIDEST == 0
+        return full and None not in sizes and self._kind(name) in (FLOAT, BOOL)
+
+    def _kind(self, name: str) -> int:
+        return self.tensors[name].kind
 
     def _is_number(self, name: str) -> bool:
-        return not name or name in self.numbers or self.shapes.get(name) == []
+        return not name or (name in self.constants and np.prod(self.constants[name].dims) == 1)
 
     def _elementwise(self, node: onnx.NodeProto) -> bool:
         """Write the node on blocked tensors, if it can be and pays."""
         if node.domain or node.op_type not in ELEMENTWISE or len(node.output) != 1 or not self._fits(node.output[0]):
             return False
         target = node.output[0]
-        sizes = list(self.shapes[target])[1:]
+        sizes = self.tensors[target].sizes[1:]
         tensors = [name for name in node.input if not self._is_number(name)]
         there = [name for name in tensors if name in self.blocked]
         if not there or not all(self._agrees(name, sizes) or self._is_plane(name, sizes) for name in tensors):
@@ -191,37 +213,35 @@ class _Rewriter:
         for at, name in enumerate(node.input):
             if not self._is_number(name):
                 node.input[at] = self._as_blocked(name, sizes)
-        node.output[0] = f"{target}/blocked"
+        node.output[0] = self._free(f"{target}/blocked")
         self.nodes.append(node)
         self._now_blocked(target, node.output[0])
         return True
 
     def _copied(self, node: onnx.NodeProto) -> bool:
         """Write a Resize that copies every entry over a window on blocked tensors: the runtime's Upsample."""
-        if node.op_type != "Resize" or node.domain or len(node.input) != 3 or not self._fits(node.output[0]):
+        if node.op_type != "Resize" or node.domain or len(node.input) != 3 or node.input[2] not in self.constants:
             return False
         source, target = node.input[0], node.output[0]
-        how = {attribute.name: attribute.s for attribute in node.attribute if attribute.s}
-        if source not in self.only_blocked or not how.items() >= COPIES.items():
+        how = {each.name: onnx.helper.get_attribute_value(each) for each in node.attribute}
+        copies = all(how.get(name) == value.encode() for name, value in COPIES.items()) and "axes" not in how
+        scales = onnx.numpy_helper.to_array(self.constants[node.input[2]])
+        whole = len(scales) == 4 and (scales[:2] == 1).all() and (scales == scales.round()).all()
+        if not copies or not whole or source not in self.only_blocked or not self._fits(target):
             return False
-        scales = [
-            large // small if small and large and large % small == 0 else 0
-            for small, large in zip(self.shapes[source][2:], self.shapes[target][2:], strict=True)
-        ]
-        if not all(scales) or self.shapes[source][1] != self.shapes[target][1]:
-            return False
-        form, how = f"{target}/blocked", {"mode": "nearest", "coordinate_transformation_mode": "asymmetric"}
-        name = f"{node.name}{BLOCKED}"
-        self._append("Upsample", [self.blocked[source]], form, name, domain=NCHWC, scales=[1, 1, *scales], **how)
+        attributes = {"scales": [int(scale) for scale in scales], "mode": "nearest"}
+        attributes["coordinate_transformation_mode"] = "asymmetric"
+        form = self._free(f"{target}/blocked")
+        self._append("Upsample", [self.blocked[source]], form, f"{node.name}{BLOCKED}", domain=NCHWC, **attributes)
         self._now_blocked(target, form)
         return True
 
     def _agrees(self, name: str, sizes: Sequence[int | None]) -> bool:
-        return self._fits(name) and list(self.shapes[name])[1:] == sizes
+        return self._fits(name) and self.tensors[name].sizes[1:] == sizes
 
     def _is_plane(self, name: str, sizes: Sequence[int | None]) -> bool:
-        """[1, 1, H, W] beside [N, C, H, W]."""
-        return list(self.shapes.get(name, ())) == [1, 1, *sizes[1:]]
+        """float [1, 1, H, W] beside [N, C, H, W]."""
+        return name in self.tensors and self.tensors[name] == Known([1, 1, *sizes[1:]], FLOAT)
 
     @staticmethod
     def _takes_blocked(node: onnx.NodeProto) -> bool:
@@ -230,20 +250,22 @@ class _Rewriter:
     def _as_blocked(self, name: str, sizes: Sequence[int | None]) -> str:
         """The blocked form of a tensor, written where it is needed first."""
         if not self._agrees(name, sizes):
-            name = self._expanded(name, sizes)
+            return self._plane(name, sizes)
         if name not in self.blocked:
-            self.blocked[name] = f"{name}/blocked"
-            self._append("ReorderInput", [name], self.blocked[name], domain=NCHWC)
+            self.blocked[name] = self._free(f"{name}/blocked")
+            self._reorder("ReorderInput", name, self.blocked[name], self._kind(name))
         return self.blocked[name]
 
-    def _expanded(self, plane: str, sizes: Sequence[int | None]) -> str:
-        """[1, 1, H, W] -> [1, C, H, W], once."""
-        name = f"{plane}/{sizes[0]}"
-        if name not in self.blocked:
-            shape = f"{name}/shape"
+    def _plane(self, name: str, sizes: Sequence[int | None]) -> str:
+        """[1, 1, H, W] -> [1, C, H, W] blocked, once."""
+        key = (name, int(sizes[0]))  # type: ignore[arg-type]
+        if key not in self.expanded:
+            shape, whole = self._free(f"{name}/shape"), self._free(f"{name}/expanded")
             self.graph.initializer.append(onnx.numpy_helper.from_array(np.array([1, *sizes], np.int64), shape))
-            self._append("Expand", [plane, shape], name)
-        return name
+            self._append("Expand", [name, shape], whole)
+            self.expanded[key] = self._free(f"{name}/blocked")
+            self._reorder("ReorderInput", whole, self.expanded[key], FLOAT)
+        return self.expanded[key]
 
     def _now_blocked(self, name: str, form: str) -> None:
         self.blocked[name] = form
@@ -255,7 +277,25 @@ class _Rewriter:
         """Write the usual form of a tensor that is only there blocked."""
         if name in self.only_blocked:
             self.only_blocked.remove(name)
-            self._append("ReorderOutput", [self.blocked[name]], name, domain=NCHWC, channels=self.shapes[name][1])
+            channels = self.tensors[name].sizes[1]
+            self._reorder("ReorderOutput", self.blocked[name], name, self._kind(name), channels=channels)
+
+    def _reorder(self, op: str, source: str, target: str, kind: int, **attributes: Any) -> None:
+        """The runtime reorders floats alone: what is true or false goes there and back."""
+        if kind == FLOAT:
+            self._append(op, [source], target, domain=NCHWC, **attributes)
+            return
+        numbers, reordered = self._free(f"{target}/numbers"), self._free(f"{target}/reordered")
+        self._append("Cast", [source], numbers, to=FLOAT)
+        self._append(op, [numbers], reordered, domain=NCHWC, **attributes)
+        self._append("Cast", [reordered], target, to=kind)
+
+    def _free(self, name: str) -> str:
+        """A name that no tensor has."""
+        while name in self.taken:
+            name += "_"
+        self.taken.add(name)
+        return name
 
     def _append(self, op: str, inputs: list[str], output: str, name: str | None = None, **attributes: Any) -> None:
         self.nodes.append(onnx.helper.make_node(op, inputs, [output], name=name or f"{output}/{op}", **attributes))

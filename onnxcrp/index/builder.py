@@ -155,7 +155,7 @@ class _Build:
     def _check(self, manifest: Mapping[str, Any], where: Path) -> None:
         """Refuse to mix; raises OnnxcrpError naming what differs."""
         mine = json.loads(json.dumps(self.work.question))
-        differs = [name for name, value in mine.items() if manifest["question"].get(name) != value]
+        differs = store.differences(mine, manifest["question"])
         if differs:
             raise OnnxcrpError(
                 f"{where} is an index of something else: {', '.join(differs)} differ",

@@ -66,7 +66,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
 
 
 def _same_question(one: Path, first: Mapping[str, Any], other: Path, second: Mapping[str, Any]) -> None:
-    differs = [name for name, value in first["question"].items() if second["question"].get(name) != value]
+    differs = store.differences(first["question"], second["question"])
     if differs or first["layers"] != second["layers"]:
         raise OnnxcrpError(
             f"{one} and {other} are indexes of different things: {', '.join(differs) or 'shapes of layers'} differ",

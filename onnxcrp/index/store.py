@@ -410,6 +410,11 @@ def _put(lists: Lists, cls: np.ndarray, part: Mapping[str, np.ndarray], rows: np
     lists.put(cls, part["channel"][rows], part["rank"][rows], *columns)
 
 
+def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """What two questions of manifests do not share, by name."""
+    return [name for name in {**one, **other} if one.get(name) != other.get(name)]
+
+
 def dataset_entries(data: Data, block: int, done: Mapping[str, set[int]], offset: int) -> list[dict[str, Any]]:
     """The datasets as a manifest tells of them."""
     return [

@@ -9,6 +9,9 @@ import numpy as np
 from onnxcrp.graph import Graph, Value
 from onnxcrp.ops.registry import Node
 
+# Attributes of a Resize that copies: by whole factors, every entry fills a window.
+COPIES = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
+
 
 def window(node: Node, kernel: Sequence[int]) -> tuple[list[int], list[int], list[int], list[int]]:
     """strides, dilations, pads before, pads after of a node that slides a window of `kernel` over its input."""
@@ -127,9 +130,7 @@ def spaced(op: Graph, node: Node, s: Value, strides: Sequence[int]) -> Value:
 
 def copied(op: Graph, s: Value, times: Sequence[int]) -> Value:
     """s [N, C, h...] -> [N, C, h times...]: every entry fills a window."""
-    scales = op.constant(np.array([1, 1, *times], np.float32))
-    how = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
-    return op.node("Resize", [s, None, scales], how)
+    return op.node("Resize", [s, None, op.constant(np.array([1, 1, *times], np.float32))], dict(COPIES))
 
 
 def common_batch(op: Graph, values: Sequence[Value], rank: int) -> list[Value]:

@@ -82,12 +82,15 @@ def conv(op: Graph, node: Node, s: Value, W: Value) -> Value:
 
 
 def _is_depthwise(node: Node, group: int, strides: Sequence[int]) -> bool:
-    """Whether every channel has a kernel of its own, in full blocks, and static sizes that the strides cover."""
+    """Whether every channel has a kernel of its own, in full blocks, and all messages find a place in the input.
+
+    With strides s, message i stands at i s of a static size: the last one lies inside, and its window reaches the end.
+    """
     alone = group % CHANNEL_BLOCK == 0 and node.input(1).array.shape[:2] == (group, 1)  # type: ignore[union-attr]
     if not alone or pads_itself(node) or None in (*node.dims(0)[2:], *node.dims(output=True)[2:]):
         return False
     sizes = zip(node.dims(output=True)[2:], strides, node.dims(0)[2:], strict=True)
-    return all(h * stride >= size for h, stride, size in sizes)  # type: ignore[operator]
+    return all((h - 1) * stride < size <= h * stride for h, stride, size in sizes)  # type: ignore[operator]
 
 
 def _flipped(op: Graph, W: Value, group: int) -> Value:

@@ -124,7 +124,7 @@ def _winners_of_tiles(op: Graph, node: Node, a: Value, attrs: dict[str, Any]) ->
     rank = op.constant(np.tile(descending, times)[None, None])
     ranks = op.float(op.Equal(a, copied(op, node.output(), kernel))) * rank
     best = op.node("MaxPool", [ranks], attrs)
-    return op.float(op.Equal(ranks, copied(op, best, kernel)))
+    return op.float(op.Equal(ranks, copied(op, op.Max(best, 1.0), kernel)))  # no winner in a window without a maximum
 
 
 # ---- whole axes ------------------------------------------------------------------------------------------------------
