@@ -25,7 +25,7 @@ import onnx
 
 from onnxcrp.errors import ModelError
 from onnxcrp.ops.geometry import COPIES, pooled
-from onnxcrp.profiling import BLOCKED
+from onnxcrp.profiling import BLOCKED, OURS
 from onnxcrp.session import CPU, Provider, Session, skeleton
 from onnxcrp.session import providers as best_first
 
@@ -298,4 +298,4 @@ class _Rewriter:
         return name
 
     def _append(self, op: str, inputs: list[str], output: str, name: str | None = None, **attributes: Any) -> None:
-        self.nodes.append(onnx.helper.make_node(op, inputs, [output], name=name or f"{output}/{op}", **attributes))
+        self.nodes.append(onnx.helper.make_node(op, inputs, [output], name=name or f"{OURS}{output}", **attributes))

@@ -14,6 +14,7 @@ from onnxcrp.errors import OnnxcrpError
 
 KERNEL = "_kernel_time"
 BLOCKED = "_nchwc"  # what onnxruntime appends to nodes that it rewrites for its blocked layout
+OURS = "layout/"  # how names begin of nodes that keep tensors blocked (blocked.py)
 LAYOUT = frozenset({"ReorderInput", "ReorderOutput", "MemcpyFromHost", "MemcpyToHost"})  # written by the runtime itself
 
 

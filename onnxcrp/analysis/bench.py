@@ -231,13 +231,13 @@ def interleaved(runs: Mapping[str, Callable[[], Any]], *, rounds: int) -> dict[s
 
 def steps(facts: Facts, nodes: Sequence[NodeTime]) -> list[Step]:
     """The nodes of a profile, slowest first, under the names that conditions and records use."""
-    from onnxcrp.profiling import LAYOUT
+    from onnxcrp.profiling import LAYOUT, OURS
 
     total = sum(node.seconds for node in nodes) or 1.0
     found = []
     for node in nodes:
         name, part = node.name, "backward"
-        if node.op in LAYOUT:
+        if node.op in LAYOUT or name.startswith(OURS):
             part = "layout"
         elif not name.startswith(("R/", "output/")):
             name, part = layer_of(facts, name, node.op), "forward"
