@@ -624,20 +624,18 @@ class _Writer:
             flat = op.Reshape(value, [0, 0, -1])
             if how == "sum":
                 return op.ReduceSum(flat, [2], keepdims=0)
-            if how == "max":
-                return op.ReduceMax(flat, [2], keepdims=0)
-            return self._position(value, flat, rank)
+            if rank < 4:
+                return op.ReduceMax(flat, [2], keepdims=0) if how == "max" else op.ArgMax(flat, axis=2, keepdims=0)
+            rows = op.Reshape(op.ReduceMax(value, [rank - 1], keepdims=0), [0, 0, -1])  # written once for both
+            return op.ReduceMax(rows, [2], keepdims=0) if how == "max" else self._position(value, rows, rank)
 
-    def _position(self, value: Value, flat: Value, rank: int) -> Value:
-        """Where the first maximum of value [N, C, ..., w] lies in flat [N, C, all]: [N, C].
+    def _position(self, value: Value, rows: Value, rank: int) -> Value:
+        """Where the first maximum of value [N, C, ..., w] lies among all of [..., w]: [N, C].
 
-        Where rows are long, first the row, then the place in it: ArgMax takes far longer than ReduceMax.
+        First the row, by the maxima of rows [N, C, all], then the place in it: ArgMax takes far longer than ReduceMax.
         """
         op = self.op
-        if rank < 4:
-            return op.ArgMax(flat, axis=2, keepdims=0)
         width = op.shape(value, rank - 1)
-        rows = op.Reshape(op.ReduceMax(value, [rank - 1], keepdims=0), [0, 0, -1])
         row = op.ArgMax(rows, axis=2, keepdims=1)
         lines = op.Reshape(value, op.Concat([0, 0, -1], width, axis=0))
         place = op.ArgMax(op.GatherND(lines, row, batch_dims=2), axis=2, keepdims=0)

@@ -18,31 +18,24 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import onnx
 
+from onnxcrp.canonize.shapes import Described, described
 from onnxcrp.errors import ModelError
-from onnxcrp.ops.geometry import COPIES, pooled
+from onnxcrp.ops.geometry import CHANNEL_BLOCK, COPIES, pooled
 from onnxcrp.profiling import BLOCKED, OURS
 from onnxcrp.session import CPU, Provider, Session, skeleton
 from onnxcrp.session import providers as best_first
 
 NCHWC = "com.microsoft.nchwc"
-WIDEST = 16  # channels of a block, at most
 SMALL = 64  # entries of initializers that shapes may depend on
 FLOAT, BOOL = onnx.TensorProto.FLOAT, onnx.TensorProto.BOOL
 UNARY = {"Abs", "Cast", "Clip", "Erf", "Exp", "Identity", "Neg", "Not", "Reciprocal", "Relu", "Sigmoid", "Sign", "Sqrt"}
 COMPARISONS = {"And", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Or"}
 ELEMENTWISE = UNARY | COMPARISONS | {"Add", "Div", "Max", "Min", "Mul", "Sub", "Tanh", "Where"}
-
-
-class Known(NamedTuple):
-    """What is known of a tensor without running it: sizes, None where only the run knows, and element type."""
-
-    sizes: list[int | None]
-    kind: int
 
 
 def start(
@@ -58,19 +51,31 @@ def start(
     Parameters are those of Session; where the graph cannot be written to a temporary folder, it runs as it is.
     """
     names = [name for name, _ in best_first(providers, allow_tf32=options.get("allow_tf32", False))]
-    if isinstance(model, onnx.ModelProto) and optimize is True and names == [CPU] and _convolves(model):
+    if isinstance(model, onnx.ModelProto) and optimize is True and names == [CPU] and (tensors := _blockable(model)):
         once = {name: value for name, value in options.items() if name != "profile"}
         with contextlib.suppress(OSError, ModelError), _file(optimized) as path:
             Session(model, providers, optimized=path, prepack=False, **once)
             graph = onnx.load(path, load_external_data=False)
-            stay_blocked(graph, known(model))
+            stay_blocked(graph, tensors)
             path.write_bytes(graph.SerializeToString())
             return Session(path, providers, optimize=False, **options)
     return Session(model, providers, optimize=optimize, optimized=optimized, **options)
 
 
-def _convolves(model: onnx.ModelProto) -> bool:
-    return any(node.op_type == "Conv" for node in model.graph.node)
+def _blockable(model: onnx.ModelProto) -> dict[str, Described]:
+    """What is known of a model's tensors; nothing where no convolution fills its blocks."""
+    convolved = [node.output[0] for node in model.graph.node if node.op_type == "Conv"]
+    tensors = known(model) if convolved else {}
+    return tensors if any(name in tensors and _fills_blocks(tensors[name]) for name in convolved) else {}
+
+
+def _fills_blocks(tensor: Described) -> bool:
+    """float or bool [N, C, H, W] of known sizes, whose blocks are full."""
+    if len(tensor.sizes) != 4:
+        return False
+    _, channels, *sizes = tensor.sizes
+    full = channels is not None and channels % CHANNEL_BLOCK == 0
+    return full and None not in sizes and tensor.kind in (FLOAT, BOOL)
 
 
 @contextlib.contextmanager
@@ -83,7 +88,7 @@ def _file(path: str | os.PathLike[str] | None) -> Iterator[Path]:
         yield Path(folder) / "model.onnx"
 
 
-def known(model: onnx.ModelProto) -> dict[str, Known]:
+def known(model: onnx.ModelProto) -> dict[str, Described]:
     """Name -> what shape inference finds of a tensor; weights count by their shapes alone.
 
     Nothing at all where it miscounts the windows of a pool with ceil_mode: what follows would be wrong as well.
@@ -103,16 +108,11 @@ def known(model: onnx.ModelProto) -> dict[str, Known]:
         slim = onnx.shape_inference.infer_shapes(slim, data_prop=True)
     except Exception:  # onnx raises several kinds: what is not known stays as it is
         return {}
-    found = {}
-    for port in (*slim.graph.value_info, *slim.graph.input, *slim.graph.output):
-        tensor_type = port.type.tensor_type
-        if tensor_type.HasField("shape"):
-            sizes = [d.dim_value if d.HasField("dim_value") else None for d in tensor_type.shape.dim]
-            found[port.name] = Known(sizes, tensor_type.elem_type)
+    found = described((*slim.graph.value_info, *slim.graph.input, *slim.graph.output))
     return found if all(_counted(node, found) for node in slim.graph.node) else {}
 
 
-def _counted(node: onnx.NodeProto, found: Mapping[str, Known]) -> bool:
+def _counted(node: onnx.NodeProto, found: Mapping[str, Described]) -> bool:
     """Whether the inferred sizes of a pool are those of the runtime."""
     attrs = {each.name: onnx.helper.get_attribute_value(each) for each in node.attribute}
     if not attrs.get("ceil_mode") or node.input[0] not in found or node.output[0] not in found:
@@ -125,7 +125,7 @@ def _counted(node: onnx.NodeProto, found: Mapping[str, Known]) -> bool:
     )
 
 
-def stay_blocked(model: onnx.ModelProto, tensors: Mapping[str, Known]) -> int:
+def stay_blocked(model: onnx.ModelProto, tensors: Mapping[str, Described]) -> int:
     """Change an optimised graph in place so that elementwise nodes between convolutions stay blocked.
 
     `tensors`: those of the model before it was optimised. Returns how many nodes now take blocked ones.
@@ -138,7 +138,7 @@ def stay_blocked(model: onnx.ModelProto, tensors: Mapping[str, Known]) -> int:
 class _Rewriter:
     """One pass over the nodes in order. A tensor may exist blocked, in the usual layout, or both."""
 
-    def __init__(self, graph: onnx.GraphProto, tensors: Mapping[str, Known]) -> None:
+    def __init__(self, graph: onnx.GraphProto, tensors: Mapping[str, Described]) -> None:
         self.graph, self.tensors = graph, tensors
         fed = {port.name for port in graph.input}
         self.constants = {t.name: t for t in graph.initializer if t.name not in fed and np.prod(t.dims) <= SMALL}
@@ -185,12 +185,7 @@ class _Rewriter:
         return node.domain == NCHWC and node.op_type == which and not last
 
     def _fits(self, name: str) -> bool:
-        """float or bool [N, C, H, W] of known sizes, whose blocks are full."""
-        if name not in self.tensors or len(self.tensors[name].sizes) != 4:
-            return False
-        _, channels, *sizes = self.tensors[name].sizes
-        full = channels is not None and channels % WIDEST == 0
-        return full and None not in sizes and self._kind(name) in (FLOAT, BOOL)
+        return name in self.tensors and _fills_blocks(self.tensors[name])
 
     def _kind(self, name: str) -> int:
         return self.tensors[name].kind
@@ -223,16 +218,16 @@ class _Rewriter:
         if node.op_type != "Resize" or node.domain or len(node.input) != 3 or node.input[2] not in self.constants:
             return False
         source, target = node.input[0], node.output[0]
-        how = {each.name: onnx.helper.get_attribute_value(each) for each in node.attribute}
-        copies = all(how.get(name) == value.encode() for name, value in COPIES.items()) and "axes" not in how
+        given = {each.name: onnx.helper.get_attribute_value(each) for each in node.attribute}
+        copies = all(given.get(name) == value.encode() for name, value in COPIES.items()) and "axes" not in given
         scales = onnx.numpy_helper.to_array(self.constants[node.input[2]])
         whole = len(scales) == 4 and (scales[:2] == 1).all() and (scales == scales.round()).all()
         if not copies or not whole or source not in self.only_blocked or not self._fits(target):
             return False
-        attributes = {"scales": [int(scale) for scale in scales], "mode": "nearest"}
-        attributes["coordinate_transformation_mode"] = "asymmetric"
+        how = {"mode": COPIES["mode"], "scales": scales.astype(int)}
+        how["coordinate_transformation_mode"] = COPIES["coordinate_transformation_mode"]
         form = self._free(f"{target}/blocked")
-        self._append("Upsample", [self.blocked[source]], form, f"{node.name}{BLOCKED}", domain=NCHWC, **attributes)
+        self._append("Upsample", [self.blocked[source]], form, f"{node.name}{BLOCKED}", domain=NCHWC, **how)
         self._now_blocked(target, form)
         return True
 
@@ -241,7 +236,7 @@ class _Rewriter:
 
     def _is_plane(self, name: str, sizes: Sequence[int | None]) -> bool:
         """float [1, 1, H, W] beside [N, C, H, W]."""
-        return name in self.tensors and self.tensors[name] == Known([1, 1, *sizes[1:]], FLOAT)
+        return name in self.tensors and self.tensors[name] == Described([1, 1, *sizes[1:]], FLOAT)
 
     @staticmethod
     def _takes_blocked(node: onnx.NodeProto) -> bool:

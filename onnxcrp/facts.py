@@ -335,6 +335,7 @@ class Facts:
     def _shapes_for(self, batch: int) -> dict[str, list[int | None]]:
         """Shapes of all tensors if there were `batch` samples, as far as onnx can tell."""
         from onnxcrp.canonize.load import BIG
+        from onnxcrp.canonize.shapes import described
         from onnxcrp.canonize.write import write
 
         model = write(self.graph, largest=BIG, claims=False)
@@ -347,11 +348,8 @@ class Facts:
             model = onnx.shape_inference.infer_shapes(model, data_prop=True)
         except Exception:  # onnx raises several kinds, and nothing is wrong where it cannot tell
             return {}
-        return {
-            info.name: [d.dim_value if d.HasField("dim_value") else None for d in info.type.tensor_type.shape.dim]
-            for info in (*model.graph.value_info, *model.graph.output)
-            if info.type.tensor_type.HasField("shape")
-        }
+        found = described((*model.graph.value_info, *model.graph.output))
+        return {name: each.sizes for name, each in found.items()}
 
     def seen(self, name: str) -> list[Any]:
         """Dimensions of a tensor as a mask, record or seed has them: [batch, ...], and [batch, k, ...] if merged."""

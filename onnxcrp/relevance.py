@@ -343,6 +343,8 @@ class RelevanceModels:
         """Shapes in a model with dynamic sizes, for inputs of these shapes; nothing where onnx cannot tell."""
         import onnx
 
+        from onnxcrp.canonize.shapes import described
+
         with self._compiling:
             model = self.canonical.to_onnx()
         for port in model.graph.input:
@@ -355,11 +357,8 @@ class RelevanceModels:
             model = onnx.shape_inference.infer_shapes(model, data_prop=True)
         except Exception:  # onnx raises several kinds; these sizes only guide how questions are cut into chunks
             return {}
-        return {
-            port.name: tuple(d.dim_value if d.HasField("dim_value") else None for d in port.type.tensor_type.shape.dim)
-            for port in [*model.graph.value_info, *model.graph.output]
-            if port.type.tensor_type.HasField("shape")
-        }
+        found = described((*model.graph.value_info, *model.graph.output))
+        return {name: tuple(each.sizes) for name, each in found.items()}
 
 
 def _questions(model: onnx.ModelProto) -> set[str]:

@@ -12,7 +12,8 @@ import torch
 
 import onnxcrp
 from onnxcrp import Explainer, blocked
-from onnxcrp.blocked import Known, known, start, stay_blocked
+from onnxcrp.blocked import known, start, stay_blocked
+from onnxcrp.canonize.shapes import Described
 from onnxcrp.errors import InputError
 from onnxcrp.session import Session
 
@@ -249,4 +250,4 @@ def test_without_room_for_the_graph_the_model_runs_as_it_is(tmp_path, monkeypatc
 
 def test_shapes_without_weights(tmp_path):
     path = export(net(32), tmp_path / "net.onnx")
-    assert Known([None, 16, 23, 32], onnx.TensorProto.FLOAT) in known(onnx.load(path)).values()
+    assert Described([None, 16, 23, 32], onnx.TensorProto.FLOAT) in known(onnx.load(path)).values()

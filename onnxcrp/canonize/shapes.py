@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import numpy as np
 import onnx
@@ -13,6 +15,25 @@ from onnxcrp.canonize.load import BIG, call
 from onnxcrp.canonize.write import write
 
 INVENTED = re.compile(r"^unk__\d+$")  # symbols that inference makes up; None says as much
+
+
+class Described(NamedTuple):
+    """What is known of a tensor without running it: sizes, None where only the run knows, and element type."""
+
+    sizes: list[int | None]
+    kind: int
+
+
+def described(ports: Iterable[onnx.ValueInfoProto]) -> dict[str, Described]:
+    """Name -> what ports say of themselves, for those whose rank they tell."""
+    return {
+        port.name: Described(
+            [d.dim_value if d.HasField("dim_value") else None for d in port.type.tensor_type.shape.dim],
+            port.type.tensor_type.elem_type,
+        )
+        for port in ports
+        if port.type.tensor_type.HasField("shape")
+    }
 
 
 def infer_shapes(graph: gs.Graph, *, forget: bool = False) -> None:

@@ -9,6 +9,8 @@ import numpy as np
 from onnxcrp.graph import Graph, Value
 from onnxcrp.ops.registry import Node
 
+CHANNEL_BLOCK = 16  # channels that the runtime computes at once on a CPU, at most: full blocks need multiples of it
+
 # Attributes of a Resize that copies: by whole factors, every entry fills a window.
 COPIES = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
 

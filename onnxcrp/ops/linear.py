@@ -13,10 +13,9 @@ import numpy as np
 
 from onnxcrp.errors import UnsupportedError
 from onnxcrp.graph import Graph, Value
-from onnxcrp.ops.geometry import pads_itself, scatter, spaced, window
+from onnxcrp.ops.geometry import CHANNEL_BLOCK, pads_itself, scatter, spaced, window
 from onnxcrp.ops.registry import KEEPS, Node, Ones, transpose
 
-CHANNEL_BLOCK = 16  # of such many channels runtimes compute at once what is depthwise, of others one by one
 _CONV_ATTRS = ("strides", "dilations", "pads", "group", "kernel_shape")
 
 
