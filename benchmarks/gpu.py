@@ -5,7 +5,8 @@
 Needs a GPU host with Python, onnxruntime-gpu and onnx-graphsurgeon. Where torch sees the GPU and the peers are
 installed, they run beside it, else the table says why not, and the nets are those of benchmarks/plain.py. Without a GPU
 it says so and exits 0. Heatmaps and forward passes are of a whole batch that is on the device already; TF32 is off on
-both sides.
+both sides. Every question has sessions of its own: after a change of shapes cuDNN plans all convolutions anew, which
+takes longer than running them.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from benchmarks import plain
 from benchmarks.common import interleaved, report, write_json
 from benchmarks.contenders import TARGET, one_line, zennit_composite
 from benchmarks.nets import HIGH, LOW, NETS, build, channels, export, sample
+from onnxcrp.profiling import ON_SHAPES
 
 if TYPE_CHECKING:
     from onnxcrp import Explainer
@@ -32,10 +34,7 @@ if TYPE_CHECKING:
 CUDA = "CUDAExecutionProvider"
 COUNT = 64  # conditions
 PEER_COUNT, PEER_BATCH = 16, 8
-# onnxruntime computes shapes on the CPU on purpose, where they are read
-SHAPES = frozenset({"Shape", "Size", "Gather", "Slice", "Concat", "Squeeze", "Unsqueeze", "Cast", "Range", "Where",
-                    "Equal", "ConstantOfShape", "Mul", "Div", "Add", "Sub", "Mod", "Reshape"})  # fmt: skip
-SMALL = 0.02  # share of the time that all of these may take together
+GRAPH = "heatmap of one sample, as a CUDA graph"
 
 
 def why_not() -> str | None:
@@ -54,15 +53,9 @@ def why_not() -> str | None:
 
 
 def fallbacks(explainer: Explainer, x: np.ndarray, **question: Any) -> list[str]:
-    """Nodes that ran on the CPU though CUDA was asked for; shapes do, as long as they take no time."""
+    """Nodes that ran on the CPU though CUDA was asked for, except arithmetic on shapes, which is there on purpose."""
     nodes = explainer.profile(x, TARGET % 3, seed="abs", **question)
-    total = sum(node.seconds for node in nodes)
-    on_cpu = [node for node in nodes if node.provider != CUDA]
-    shapes = [node for node in on_cpu if node.op in SHAPES]
-    listed = [f"{node.name} ({node.op})" for node in on_cpu if node.op not in SHAPES]
-    if sum(node.seconds for node in shapes) > SMALL * total:
-        listed += [f"{node.name} ({node.op})" for node in shapes]
-    return listed
+    return [f"{node.name} ({node.op})" for node in nodes if node.provider != CUDA and node.bytes > ON_SHAPES]
 
 
 def peers() -> str | None:
@@ -115,25 +108,35 @@ def own_runs(
     from onnxcrp import Explainer
     from onnxcrp.session import Session
 
-    plain, one = Session(path, device), x[:1]
     explainer = Explainer(path, composite, providers=device, low=LOW, high=HIGH)
-    there = {n: onnxruntime.OrtValue.ortvalue_from_numpy(array, device, 0) for n, array in (("all", x), ("one", one))}
+    there = {
+        which: onnxruntime.OrtValue.ortvalue_from_numpy(array, device, 0)
+        for which, array in (("all", x), ("one", x[:1]))
+    }
     layer = NETS[net].places["late"]
     number = next(info.channels for info in explainer.layers if layer in info.names)
     asked = [{layer: each} for each in channels(COUNT, number or 1)]
     names = [info.name for info in explainer.layers if info.family == "convolution"]
 
-    def ask(which: str, **question: Any) -> Callable[[], Any]:
-        return lambda: explainer.explain(there[which], TARGET, seed="one", return_ortvalue=True, **question)
+    def forward(which: str) -> Callable[[], Any]:
+        session = Session(path, device)
+        return lambda: session.run_ortvalues({"input": there[which]})
+
+    def ask(which: str, *, cuda_graph: bool = False, **question: Any) -> Callable[[], Any]:
+        own = Explainer(explainer.canonical, composite, providers=device, low=LOW, high=HIGH, cuda_graph=cuda_graph)
+        return lambda: own.explain(there[which], TARGET, seed="one", return_ortvalue=True, **question)
 
     runs = {
-        "forward": lambda: plain.run_ortvalues({"input": there["all"]}),
-        "forward of one": lambda: plain.run_ortvalues({"input": there["one"]}),
+        "forward": forward("all"),
+        "forward of one": forward("one"),
         "heatmap": ask("all"),
-        "1 condition": ask("one", conditions=asked[:2]),
+        "heatmap of one": ask("one"),
+        "2 conditions": ask("one", conditions=asked[:2]),
         f"{COUNT} conditions": ask("one", conditions=asked),
         "all layers of a batch": ask("all", record=names, inputs=()),
     }
+    if device == "cuda":
+        runs[GRAPH] = ask("one", cuda_graph=True)
     return explainer, runs
 
 
@@ -199,13 +202,16 @@ def measure(
     timings = interleaved(runs, rounds=rounds, warmup=warmup)
     found["timings"] = timings
     unit, one = timings["forward"].median, timings["forward of one"].median
-    many, few = timings[f"{COUNT} conditions"].median, timings["1 condition"].median
+    many, few = timings[f"{COUNT} conditions"].median, timings["2 conditions"].median
     found["in forward passes"] = {
         "one heatmap": timings["heatmap"].median / unit,
+        "one heatmap of one sample": timings["heatmap of one"].median / one,
         f"{COUNT} conditions": many / one,
         "each further condition": (many - few) / (COUNT - 2) / one,
         "all layers of a batch": timings["all layers of a batch"].median / unit,
     }
+    if GRAPH in timings:
+        found["in forward passes"][f"one {GRAPH}"] = timings[GRAPH].median / one
     if comparable:
         peer_each = timings[f"zennit-crp {PEER_COUNT} conditions"].median / PEER_COUNT
         found["times faster"] = {

@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     import onnx_graphsurgeon as gs
 
     from onnxcrp.canonize import Canonical
-    from onnxcrp.session import Session
 
 VARIABLE = "ONNXCRP_CACHE"
 ABOUT, GRAPH, WEIGHTS, MODEL = "about.json", "graph.onnx", "weights.bin", "model.onnx"
@@ -122,10 +121,10 @@ class Cache:
         self,
         key: Mapping[str, Any],
         compile: Callable[[], onnx.ModelProto],
-        start: Callable[..., Session],
+        start: Callable[..., Any],
         *,
         cpu: bool,
-    ) -> tuple[Session, dict[str, str]]:
+    ) -> tuple[Any, dict[str, str]]:
         """The session of a relevance model and its metadata, from the entry of `key`, else compiled and stored.
 
         `start(model, optimize=..., optimized=...)` makes the Session. With `cpu` the graph is stored as the runtime
@@ -138,7 +137,7 @@ class Cache:
             return start(model), metadata(model)
         path = self._entry("relevance", {**key, "processor": processor() if cpu else ""})
 
-        def read(folder: Path) -> tuple[Session, dict[str, str]]:
+        def read(folder: Path) -> tuple[Any, dict[str, str]]:
             return start(folder / MODEL, optimize=not cpu), _load(folder)["metadata"]
 
         found = self._read(path, read)
@@ -146,7 +145,7 @@ class Cache:
             return found
         model = compile()
         about = metadata(model)
-        made: list[Session] = []
+        made: list[Any] = []
 
         def write(folder: Path) -> dict[str, Any]:
             if not cpu:

@@ -63,7 +63,9 @@ class Explainer:
     `model`: path, ModelProto or Canonical. `composite`: preset, file or object. `output`: the model output to explain
     (the first one). `inputs`: those whose relevance is asked for (None: all that relevance reaches). `keep_head`:
     explain after a terminal Softmax or Sigmoid, not before. `providers`, `threads`: onnxruntime's (best first).
-    `allow_tf32`: let CUDA round to TF32, faster and not accurate enough for most rules.
+    `allow_tf32`: let CUDA round to TF32, faster and not accurate enough for most rules. `cuda_graph`: CUDA
+    launches all kernels at once, from the second question of the same shapes on; for small nets, whose weights it takes
+    once more.
     `memory_limit`: bytes that one run may take, roughly; `cache_limit`: bytes of compiled relevance models to keep.
     `low`, `high` (or `preprocessing`: an object that has them, a preset or a file): the range of input values, for
     composites that need it. `cache`: a folder in which canonical and compiled models are kept for the next process
@@ -85,6 +87,7 @@ class Explainer:
         cache_limit: int = 4 * GIB,
         threads: int | None = None,
         allow_tf32: bool = False,
+        cuda_graph: bool = False,
         preprocessing: Any = None,
         low: Any = None,
         high: Any = None,
@@ -109,6 +112,7 @@ class Explainer:
             "high": high,
             "flip_convolutions": flip_convolutions,
             "allow_tf32": allow_tf32,
+            "cuda_graph": cuda_graph,
             "cache": cache,
         }
         stored = Cache.of(cache)
@@ -129,7 +133,12 @@ class Explainer:
                 "keep_head": keep_head,
                 "flip_convolutions": flip_convolutions,
             },
-            session_options={"providers": providers, "threads": threads, "allow_tf32": allow_tf32},
+            session_options={
+                "providers": providers,
+                "threads": threads,
+                "allow_tf32": allow_tf32,
+                "cuda_graph": cuda_graph,
+            },
             cache_limit=cache_limit,
             cache=stored if self.canonical.stored else None,
         )
@@ -367,7 +376,7 @@ class Explainer:
 
         twin = copy.copy(self)
         with tempfile.TemporaryDirectory(prefix="onnxcrp-", ignore_cleanup_errors=True) as folder:
-            twin._models = self._models.with_sessions(profile=folder)
+            twin._models = self._models.with_sessions(profile=folder, cuda_graph=False)
             for _ in range(1 + calls):
                 twin.explain(x, target, **question)
             profiles = [session.end_profile() for session in twin._models.sessions()]

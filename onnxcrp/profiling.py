@@ -15,17 +15,24 @@ from onnxcrp.errors import OnnxcrpError
 KERNEL = "_kernel_time"
 BLOCKED = "_nchwc"  # what onnxruntime appends to nodes that it rewrites for its blocked layout
 OURS = "layout/"  # how names begin of nodes that keep tensors blocked (blocked.py)
+ON_SHAPES = (
+    1024  # bytes that a node may read and write to count as arithmetic on shapes, which runs on the CPU on purpose
+)
 LAYOUT = frozenset({"ReorderInput", "ReorderOutput", "MemcpyFromHost", "MemcpyToHost"})  # written by the runtime itself
 
 
 @dataclass(frozen=True)
 class NodeTime:
-    """A node of a model that ran: its name there, its operator, who ran it, and seconds for one call."""
+    """A node of a model that ran: its name there, its operator, who ran it, and seconds for one call.
+
+    `bytes`: what it read and wrote in the largest of its runs, weights left out.
+    """
 
     name: str
     op: str
     provider: str
     seconds: float
+    bytes: int = 0
 
 
 def read_profile(path: str | os.PathLike[str], *, calls: int, warmup: int = 0) -> list[NodeTime]:
@@ -42,13 +49,16 @@ def read_profile(path: str | os.PathLike[str], *, calls: int, warmup: int = 0) -
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise OnnxcrpError(f"{path} is no profile of onnxruntime: {error}") from error
     found: dict[tuple[str, str, str], list[float]] = {}
+    moved: dict[tuple[str, str, str], int] = {}
     for event in kernels:
         call = (bisect.bisect_right(starts, event["ts"]) - 1) * calls // len(starts)
         if call >= warmup:
             name = event["name"].removesuffix(KERNEL).removesuffix(BLOCKED)
             key = (name, event["args"]["op_name"], event["args"].get("provider", ""))
             found.setdefault(key, [0.0] * (calls - warmup))[call - warmup] += event["dur"] * 1e-6
-    return [NodeTime(*key, statistics.median(seconds)) for key, seconds in found.items()]
+            read_and_written = (int(event["args"].get(size) or 0) for size in ("activation_size", "output_size"))
+            moved[key] = max(moved.get(key, 0), sum(read_and_written))
+    return [NodeTime(*key, statistics.median(seconds), moved[key]) for key, seconds in found.items()]
 
 
 def merged(profiles: Iterable[list[NodeTime]]) -> list[NodeTime]:
@@ -56,5 +66,6 @@ def merged(profiles: Iterable[list[NodeTime]]) -> list[NodeTime]:
     found: dict[tuple[str, str, str], NodeTime] = {}
     for node in (node for profile in profiles for node in profile):
         key = (node.name, node.op, node.provider)
-        found[key] = replace(node, seconds=node.seconds + (found[key].seconds if key in found else 0.0))
+        known = found.get(key, replace(node, seconds=0.0))
+        found[key] = replace(node, seconds=node.seconds + known.seconds, bytes=max(node.bytes, known.bytes))
     return list(found.values())

@@ -16,7 +16,7 @@ from onnxcrp.condition import mask
 from onnxcrp.device import is_device_array
 from onnxcrp.errors import CompositeError, InputError, QuestionError, UnsupportedError
 from onnxcrp.inputs import check_array, check_device_array
-from onnxcrp.session import metadata
+from onnxcrp.session import metadata, providers
 from onnxcrp.stages import Staged, split
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from onnxcrp.cache import Cache
     from onnxcrp.canonize import Canonical
+    from onnxcrp.captured import Captured
     from onnxcrp.composite import Composite
     from onnxcrp.facts import Facts
     from onnxcrp.session import Session
@@ -258,7 +259,7 @@ class RelevanceModels:
             model = self._write(plan)
             session, about = start(model), metadata(model)
         else:
-            from onnxcrp.session import CPU, providers
+            from onnxcrp.session import CPU
 
             asked = self._session_options
             chosen = providers(asked.get("providers"), allow_tf32=asked.get("allow_tf32", False))
@@ -281,13 +282,21 @@ class RelevanceModels:
             size=int(about[SIZE]),
         )
 
-    def _start(self, model: Any, *, optimize: bool = True, optimized: Any = None, plan_memory: bool = True) -> Session:
+    def _start(
+        self, model: Any, *, optimize: bool = True, optimized: Any = None, plan_memory: bool = True
+    ) -> Session | Captured:
         """A session as the caller of this class wants them."""
         from onnxcrp import blocked
+        from onnxcrp.captured import Captured
 
+        options = dict(self._session_options)
+        captured = options.pop("cuda_graph", False)
         level = optimize and self.optimization
-        options = self._session_options
-        return blocked.start(model, optimize=level, optimized=optimized, plan_memory=plan_memory, **options)
+        start = partial(blocked.start, model, optimize=level, optimized=optimized, plan_memory=plan_memory, **options)
+        if not captured:
+            return start()
+        providers(options.get("providers"), allow_tf32=options.get("allow_tf32", False), capture=True)
+        return Captured(start)
 
     def _composite(self, plan: Plan) -> Composite:
         return self.composite if plan.seed == self.composite.seed else replace(self.composite, seed=plan.seed)

@@ -31,15 +31,15 @@ class Run:
     def forward(self) -> np.ndarray:
         """The explained output [B, ...] by a plain forward pass."""
         program = self.models.program(Plan())
-        parts = []
+        found: dict[int, np.ndarray] = {}
         for rows in self._chunks(range(self.batch), self._bytes_forward()):
             feeds = self._samples(rows)
             for name in program.feeds.values():
                 entries = [size if isinstance(size, int) else 1 for size in self.models.explained_shape[1:]]
                 feeds[name] = np.zeros((1, *entries), np.float32)
-            found = program.session.run(feeds, [program.explained])
-            parts.append(found[program.explained][: len(rows)])
-        return np.concatenate(parts)
+            explained = program.session.run(feeds, [program.explained])[program.explained]
+            found |= dict(zip(rows, explained, strict=False))
+        return np.stack([found[row] for row in range(self.batch)])
 
     def all(self, asked: Asked) -> Result:
         """Every question for every sample."""
@@ -181,13 +181,19 @@ class Run:
     # --- chunks -------------------------------------------------------------------------------------------------------
 
     def _chunks(self, entries: Sequence[Any], each: int) -> Iterator[Sequence[Any]]:
-        """Runs of entries that fit the memory budget (or the fixed batch), about equally long."""
+        """Runs of entries that fit the memory budget (or the fixed batch).
+
+        All are equally long, for which the last one reaches back into the one before: where shapes change, runtimes
+        plan their convolutions anew, which takes cuDNN longer than running them.
+        """
         if self.models.fixed is not None:
             yield from (entries[at : at + self.models.fixed] for at in range(0, len(entries), self.models.fixed))
             return
         parts = -(-len(entries) // max(1, self.memory_limit // max(1, each)))
-        for part in range(parts):
-            yield entries[len(entries) * part // parts : len(entries) * (part + 1) // parts]
+        size = -(-len(entries) // max(1, parts))
+        for at in range(0, len(entries), size):
+            at = min(at, len(entries) - size)
+            yield entries[at : at + size]
 
     def _bytes_forward(self) -> int:
         """Bytes that the forward pass keeps for one sample."""

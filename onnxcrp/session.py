@@ -10,7 +10,7 @@ import re
 import secrets
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -44,13 +44,14 @@ class Port(NamedTuple):
 
 
 def providers(
-    requested: Provider | Sequence[Provider] | None = None, *, allow_tf32: bool = False
+    requested: Provider | Sequence[Provider] | None = None, *, allow_tf32: bool = False, capture: bool = False
 ) -> list[tuple[str, dict[str, str]]]:
     """(name, options) of providers, best first: what is `requested`, else CUDA where there is a device; the CPU last.
 
     `requested` is a name ("cuda", "CUDAExecutionProvider"), a (name, options) pair, or several of them. TensorRT and
     others are taken on request only. On CUDA, TF32 is off unless `allow_tf32` or the options say otherwise: with its
-    10-bit mantissa relevance is not accurate enough. CUDA graphs are refused: they replay the addresses of one run.
+    10-bit mantissa relevance is not accurate enough. `capture` lets CUDA record the first run and replay it, for
+    sessions that keep to one set of buffers (captured.py); among the options it is refused.
     Raises RuntimeMissingError without onnxruntime or for what it lacks.
     """
     available = _onnxruntime().get_available_providers()
@@ -67,14 +68,19 @@ def providers(
         asked, options = (entry, {}) if isinstance(entry, str) else entry
         name = _provider_name(asked, available)
         defaults = {"use_tf32": str(int(allow_tf32))} if name == CUDA else {}
+        if capture and name == CUDA:
+            defaults["enable_cuda_graph"] = "1"
         chosen[name] = (name, {**defaults, **options})
         if str(options.get("enable_cuda_graph", "0")).lower() in ("1", "true"):
             raise RuntimeMissingError(
-                "enable_cuda_graph is not supported: a captured graph reads the addresses of its first run",
-                hint="leave it out",
+                "enable_cuda_graph as an option would replay the addresses of the first run, whatever is asked",
+                hint="Explainer(..., cuda_graph=True)",
             )
-    if allow_tf32 and CUDA not in chosen:
-        raise RuntimeMissingError("allow_tf32 is for CUDA, which is not used", hint='providers="cuda", or leave it out')
+    for name, given in (("allow_tf32", allow_tf32), ("cuda_graph", capture)):
+        if given and CUDA not in chosen:
+            raise RuntimeMissingError(
+                f"{name} is for CUDA, which is not used", hint='providers="cuda", or leave it out'
+            )
     chosen.setdefault(CPU, (CPU, {}))  # onnxruntime puts it last anyway: nodes that the others cannot run go there
     return list(chosen.values())
 
@@ -127,6 +133,7 @@ class Session:
     writes. `optimized`: a file that the optimised graph is written to, to be loaded with `optimize=False` on the
     same kind of machine. `plan_memory=False`: keep no layout of memory for each set of shapes that was run: hardly
     slower, half as large where batches vary. `prepack=False`: for a session that only writes its `optimized` graph.
+    `sizes`: what symbols in the shapes of inputs stand for, where all runs agree. `capture`: as in `providers`.
     Raises ModelError for what onnxruntime cannot load, RuntimeMissingError without onnxruntime or for a provider
     asked for that cannot start.
     """
@@ -145,9 +152,11 @@ class Session:
         optimized: str | os.PathLike[str] | None = None,
         plan_memory: bool = True,
         prepack: bool = True,
+        sizes: Mapping[str, int] | None = None,
+        capture: bool = False,
     ) -> None:
         ort = _onnxruntime()
-        chosen = _providers(providers, allow_tf32=allow_tf32)
+        chosen = _providers(providers, allow_tf32=allow_tf32, capture=capture)
         options = ort.SessionOptions()
         level = ort.GraphOptimizationLevel
         levels = {True: level.ORT_ENABLE_ALL, False: level.ORT_DISABLE_ALL, "basic": level.ORT_ENABLE_BASIC}
@@ -156,6 +165,8 @@ class Session:
         options.enable_mem_pattern = plan_memory
         if not prepack:
             options.add_session_config_entry("session.disable_prepacking", "1")
+        for symbol, size in (sizes or {}).items():
+            options.add_free_dimension_override_by_name(symbol, size)
         if threads is not None:
             options.intra_op_num_threads = threads
         if profile is not None:
@@ -188,7 +199,7 @@ class Session:
 
     def run(self, feeds: Mapping[str, Any], outputs: Sequence[str] | None = None) -> dict[str, np.ndarray]:
         """{output: array} in the order of `outputs` (None: all); raises InputError for feeds that do not fit."""
-        wanted = self._check(feeds, outputs)
+        wanted = self.check(feeds, outputs)
         if not wanted:
             return {}
         if not all(isinstance(value, np.ndarray) for value in feeds.values()):
@@ -202,7 +213,7 @@ class Session:
         self, feeds: Mapping[str, Any], outputs: Sequence[str] | None = None
     ) -> dict[str, onnxruntime.OrtValue]:
         """Like `run`, results left on the device as OrtValues (DLPack); feeds may be OrtValues and DeviceArrays too."""
-        wanted = self._check(feeds, outputs)
+        wanted = self.check(feeds, outputs)
         device, number = self.device
         binding = self._session.io_binding()
         arrays = {name: np.ascontiguousarray(v) for name, v in feeds.items() if isinstance(v, np.ndarray)}  # kept alive
@@ -220,6 +231,34 @@ class Session:
         except Exception as error:
             raise self._run_error(error, feeds) from error
 
+    def bound(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> Callable[[], None]:
+        """A run that reads and writes these OrtValues, again and again."""
+        binding = self._session.io_binding()
+        for name, value in inputs.items():
+            binding.bind_ortvalue_input(name, value)
+        for name, value in outputs.items():
+            binding.bind_ortvalue_output(name, value)
+
+        def run() -> None:
+            try:
+                self._session.run_with_iobinding(binding)
+                binding.synchronize_outputs()
+            except Exception as error:
+                raise self._run_error(error, {}) from error
+
+        return run
+
+    def check(self, feeds: Mapping[str, Any], outputs: Sequence[str] | None) -> list[str]:
+        """The outputs to compute, after refusing names that the model does not have."""
+        known = {**self.inputs, **self.optional}
+        if unknown := [name for name in feeds if name not in known]:
+            raise InputError(f"the model has no input {unknown[0]!r}, expected {', '.join(known)}")
+        if missing := [name for name in self.inputs if name not in feeds]:
+            raise InputError(f"no value for the model's input {missing[0]!r}")
+        if unknown := [name for name in outputs or () if name not in self.outputs]:
+            raise InputError(f"the model has no output {unknown[0]!r}, expected {', '.join(self.outputs)}")
+        return list(dict.fromkeys(self.outputs if outputs is None else outputs))
+
     @property
     def device(self) -> tuple[str, int]:
         """Where results are left: ("cuda", number) or ("cpu", 0)."""
@@ -231,17 +270,6 @@ class Session:
     def end_profile(self) -> Path:
         """Stop profiling; the file that onnxruntime wrote."""
         return Path(self._session.end_profiling())
-
-    def _check(self, feeds: Mapping[str, Any], outputs: Sequence[str] | None) -> list[str]:
-        """The outputs to compute, after refusing names that the model does not have."""
-        known = {**self.inputs, **self.optional}
-        if unknown := [name for name in feeds if name not in known]:
-            raise InputError(f"the model has no input {unknown[0]!r}, expected {', '.join(known)}")
-        if missing := [name for name in self.inputs if name not in feeds]:
-            raise InputError(f"no value for the model's input {missing[0]!r}")
-        if unknown := [name for name in outputs or () if name not in self.outputs]:
-            raise InputError(f"the model has no output {unknown[0]!r}, expected {', '.join(self.outputs)}")
-        return list(dict.fromkeys(self.outputs if outputs is None else outputs))
 
     def _run_error(self, error: Exception, feeds: Mapping[str, Any]) -> OnnxcrpError:
         """What onnxruntime says while running, in one line; inputs that do not fit are told by name."""
@@ -317,6 +345,8 @@ def _session_error(error: Exception, model: Any) -> OnnxcrpError:
         hint = "the model is newer than the installed onnxruntime; upgrade onnxruntime or export at an older opset"
     elif kind in ("NotImplemented", "InvalidGraph") or "is not a registered function/op" in message:
         hint = 'an operator or type is not supported by this provider; try providers="cpu" or a newer onnxruntime'
+    elif "graph capture" in message:
+        hint = "CUDA records no model with nodes on the CPU, which `onnxcrp bench` names: leave cuda_graph out"
     elif "external" in message.lower():
         hint = "the external data file must lie beside the .onnx file under the name it was saved with"
     elif kind == "InvalidProtobuf":

@@ -105,8 +105,9 @@ def test_reasons() -> None:
     assert "16 conditions: " in told
     known = {"batch": "dynamic", "shares_forward": False, "batch_breaks": ["a", "b", "c", "d"], "quantized": False}
     ran = [
-        Step("R/pool/winner/ScatterElements", "ScatterElements", "backward", CPU, 2.0, 0.5),
-        Step("conv1", "Conv", "forward", "CUDAExecutionProvider", 2.0, 0.5),
+        Step("R/pool/winner/ScatterElements", "ScatterElements", "backward", CPU, 2.0, 0.5, 4096),
+        Step("R/pool/winner/Shape", "Shape", "backward", CPU, 0.0, 0.0, 64),
+        Step("conv1", "Conv", "forward", "CUDAExecutionProvider", 2.0, 0.5, 4096),
     ]
     made = Bench("m", "c", {}, ["CUDAExecutionProvider", CPU], None, 0, steps={"one heatmap": ran})
     assert reasons(known, made) == [

@@ -43,6 +43,29 @@ def test_no_node_falls_back_to_the_cpu(name) -> None:
     assert fallbacks(explainer, sample(explainer, 1), **question) == []
 
 
+@pytest.mark.parametrize("name", LAYERS)
+def test_kernels_launched_as_one_graph(name) -> None:
+    """Every sample gets its own answer, recorded or not, whatever was asked between; conditions and kept samples too."""
+    host = Explainer(FIXTURES / name / "net.onnx", providers="cpu")
+    graphs = Explainer(FIXTURES / name / "net.onnx", providers="cuda", cuda_graph=True)
+    samples = sample(host, 12)
+    asked = {"conditions": [{LAYERS[name]: [c]} for c in range(4)]}
+    for row in range(6):
+        x, pair = samples[row : row + 1], samples[2 * row : 2 * row + 2]
+        for each, question in ((x, {}), (pair, {}), (x, asked)):
+            want = host.explain(each, row % 2, seed="abs", record=[LAYERS[name]], **question)
+            have = graphs.explain(each, row % 2, seed="abs", record=[LAYERS[name]], **question)
+            stays = graphs.explain(each, row % 2, seed="abs", record=[LAYERS[name]], return_ortvalue=True, **question)
+            for layer, R in want.relevance.items():
+                assert np.linalg.norm(have.relevance[layer] - R) <= 1e-4 * np.linalg.norm(R)
+                left = stays.relevance[layer].numpy().reshape(R.shape)
+                assert np.linalg.norm(left - R) <= 1e-4 * np.linalg.norm(R)
+        kept = graphs.at(pair)
+        for _ in range(3):
+            R = host.explain(pair, 1, seed="abs", **asked).heatmap
+            assert np.linalg.norm(kept.explain(1, seed="abs", **asked).heatmap - R) <= 1e-4 * np.linalg.norm(R)
+
+
 def test_torch_on_the_device_without_copies() -> None:
     torch = pytest.importorskip("torch")
     if not torch.cuda.is_available():

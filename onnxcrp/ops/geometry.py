@@ -43,50 +43,53 @@ def scatter(op: Graph, node: Node, s: Value, W: Value, kernel: Sequence[int], *,
     """ConvTranspose of s [N, M, h...] to the size of the node's input: [N, C, H...], exact for every size.
 
     A window op reads H + pads = (h - 1) stride + dilation (k - 1) + 1 + r positions, 0 <= r. Where sizes are static,
-    pads after or output_padding make up for r; else all is written (output_padding = stride - 1) and sliced to H, with
-    zeros where nothing reaches.
+    the padding before is taken off both ends, as runtimes on GPUs want it, and output_padding gives back what that is
+    too much, or a slice takes the rest; else all is written (output_padding = stride - 1) and sliced to H, with zeros
+    where nothing reaches.
     """
     strides, dilations, before, _ = window(node, kernel)
-    small, large = node.dims(output=True)[2:], node.dims(index)[2:]
-    after, extra, exact = [], [], not pads_itself(node)
-    for axis, k in enumerate(kernel):
-        h, size = small[axis], large[axis]
+    n = len(kernel)
+    attrs = {"strides": strides, "dilations": dilations, "group": group, "kernel_shape": list(kernel)}
+    large = node.dims(index)[2:]
+    missing = None if pads_itself(node) else _missing(node, kernel, node.dims(output=True)[2:], large)
+    if missing is not None:
+        extra = [max(size, 0) for size in missing]
+        s = op.ConvTranspose(s, W, **attrs, pads=[*before, *before], output_padding=extra if any(extra) else None)
+        if min(missing) >= 0:
+            return s
+        return op.Slice(s, [0] * n, op.constant(np.array(large, np.int64)), list(range(2, n + 2)))
+    slack = [stride - 1 for stride in strides]
+    enlarged = [*(min(p, 0) for p in before), *[0] * n]  # a window op with negative padding leaves out an edge
+    whole = op.ConvTranspose(s, W, **attrs, pads=enlarged, output_padding=slack if any(slack) else None)
+    sizes, zeros = node.size(index, 2), op.constant(np.zeros(n, np.int64))
+    start = op.constant(np.maximum(before, 0).astype(np.int64))
+    if pads_itself(node):
+        start = _same_before(op, node, sizes, kernel)
+    end = op.Add(start, sizes)
+    short = op.Max(op.Sub(end, op.shape(whole, 2)), zeros)
+    padded = op.Pad(whole, op.Concat(op.constant(np.zeros(n + 4, np.int64)), short, axis=0))
+    return op.Slice(padded, start, end, list(range(2, n + 2)))
+
+
+def _missing(
+    node: Node, kernel: Sequence[int], small: Sequence[int | None], large: Sequence[int | None]
+) -> list[int] | None:
+    """By how much a ConvTranspose that takes the padding before off both ends falls short of the node's input.
+
+    Negative: it is too long. None: sizes are dynamic, or more is missing than output_padding can give.
+    """
+    strides, dilations, before, _ = window(node, kernel)
+    missing = []
+    for axis, (k, h, size) in enumerate(zip(kernel, small, large, strict=True)):
         if size is not None and node.attrs.get("ceil_mode", 0):
             h = pooled(node, axis, size, k)
         if h is None or size is None:
-            exact = False
-            break
-        end = (h - 1) * strides[axis] + dilations[axis] * (k - 1) + 1 - before[axis]
-        after.append(max(end - size, 0))
-        extra.append(max(size - end, 0))
-    if exact and all(e < max(st, d) for e, st, d in zip(extra, strides, dilations, strict=True)):
-        return op.ConvTranspose(
-            s,
-            W,
-            strides=strides,
-            dilations=dilations,
-            group=group,
-            kernel_shape=list(kernel),
-            pads=[*before, *after],
-            output_padding=extra if any(extra) else None,
-        )
-    n = len(kernel)
-    whole = op.ConvTranspose(
-        s,
-        W,
-        strides=strides,
-        dilations=dilations,
-        group=group,
-        kernel_shape=list(kernel),
-        pads=[*before, *[0] * n],
-        output_padding=[stride - 1 for stride in strides] if any(stride > 1 for stride in strides) else None,
-    )
-    sizes, zeros = node.size(index, 2), op.constant(np.zeros(n, np.int64))
-    start = _same_before(op, node, sizes, kernel) if pads_itself(node) else zeros
-    end = op.Add(start, sizes)
-    missing = op.Max(op.Sub(end, op.shape(whole, 2)), zeros)
-    padded = op.Pad(whole, op.Concat(op.constant(np.zeros(n + 4, np.int64)), missing, axis=0))
-    return op.Slice(padded, start, end, list(range(2, n + 2)))
+            return None
+        reached = (h - 1) * strides[axis] + dilations[axis] * (k - 1) + 1 - 2 * before[axis]
+        if size - reached >= max(strides[axis], dilations[axis]):
+            return None
+        missing.append(size - reached)
+    return missing
 
 
 def pads_itself(node: Node) -> bool:
