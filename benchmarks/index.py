@@ -1,6 +1,6 @@
 """Building an index against zennit-crp's FeatureVisualization, on the same net and pictures in one run.
 
-    python -m benchmarks.index [--quick] [--only all --only late --only memory --only size] [--json FILE]
+    python -m benchmarks.index [--quick] [--only all|late|memory|size ...] [--device cuda] [--json FILE]
 
 `all`: every convolution of resnet18; `late`: one late layer. Random weights and BatchNorm statistics, JPEG files of
 500 x 375 pixels in folders of ten classes, read and cut to 224 x 224 by the same code for both; targets are the labels.
@@ -92,14 +92,14 @@ def export(name: str, shape: tuple[int, ...], folder: Path) -> Path:
 # ---- contenders, each in a process of its own ------------------------------------------------------------------------
 
 
-def onnxcrp(model: str, data: str, out: str, which: str) -> dict[str, float]:
+def onnxcrp(model: str, data: str, out: str, which: str, device: str) -> dict[str, float]:
     """onnxcrp, as a user calls it; the rate once started leaves out the time until the first batch is through."""
     from onnxcrp.index import build
 
     ticks: list[tuple[int, float]] = []
     begin = time.perf_counter()
     build(
-        model, data, out, layers=LAYERS[which], preprocess="imagenet",
+        model, data, out, layers=LAYERS[which], preprocess="imagenet", providers=device,
         progress=lambda done, *_: ticks.append((done, time.perf_counter())),
     )  # fmt: skip
     end = time.perf_counter()
@@ -107,7 +107,7 @@ def onnxcrp(model: str, data: str, out: str, which: str) -> dict[str, float]:
     return {"seconds": end - begin, "samples": ticks[-1][0], "steady": (ticks[-1][0] - done) / (end - first)}
 
 
-def zennit_crp(model: str, data: str, out: str, which: str) -> dict[str, float]:
+def zennit_crp(model: str, data: str, out: str, which: str, device: str) -> dict[str, float]:
     """zennit-crp, as its tutorial calls it: EpsilonPlusFlat, BatchNorm merged; files decoded by the code of onnxcrp."""
     from tests.support import nets
 
@@ -132,12 +132,13 @@ def zennit_crp(model: str, data: str, out: str, which: str) -> dict[str, float]:
         def __getitem__(self, number: int) -> tuple[torch.Tensor, int]:
             return torch.from_numpy(files.load(int(number)).x[0]), files.label(int(number))
 
-    net = nets.build(NET)[0].requires_grad_(True)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    net = nets.build(NET)[0].requires_grad_(True).to(device)
     every = [name for name, module in net.named_modules() if isinstance(module, torch.nn.Conv2d)]
     layers = every if LAYERS[which] is None else [LAYERS[which]]
     begin = time.perf_counter()
     vision = FeatureVisualization(
-        CondAttribution(net), Pictures(), {name: ChannelConcept() for name in layers}, path=out
+        CondAttribution(net), Pictures(), {name: ChannelConcept() for name in layers}, path=out, device=device
     )
     with contextlib.redirect_stdout(io.StringIO()):
         vision.run(EpsilonPlusFlat(canonizers=[ResNetCanonizer()]), 0, len(files), batch_size=BATCH)
@@ -145,7 +146,7 @@ def zennit_crp(model: str, data: str, out: str, which: str) -> dict[str, float]:
     return {"seconds": seconds, "samples": len(files), "steady": len(files) / seconds}
 
 
-CONTENDERS: dict[str, Callable[[str, str, str, str], dict[str, float]]] = {
+CONTENDERS: dict[str, Callable[[str, str, str, str, str], dict[str, float]]] = {
     "zennit-crp": zennit_crp,
     "onnxcrp": onnxcrp,
 }
@@ -220,8 +221,8 @@ def child(what: str, *arguments: str) -> None:
     from onnxcrp.analysis.memory import peak_memory
 
     if what in CONTENDERS:
-        model, data, out, which = arguments
-        found = CONTENDERS[what](model, data, out, which)
+        found = CONTENDERS[what](*arguments)
+        out = arguments[2]
     elif what == "signals":
         model, data, out = arguments
         found = signals(model, data, out)
@@ -242,7 +243,7 @@ def run(what: str, *arguments: str) -> dict[str, Any]:
     return found
 
 
-def speed(which: str, folder: Path, *, samples: int, rounds: int) -> dict[str, Any]:
+def speed(which: str, folder: Path, *, samples: int, rounds: int, device: str) -> dict[str, Any]:
     """Both contenders in turn over the same pictures."""
     model, data = folder / f"{NET}.onnx", folder / f"pictures{samples}"
     if not model.is_file():
@@ -253,7 +254,7 @@ def speed(which: str, folder: Path, *, samples: int, rounds: int) -> dict[str, A
     for number in range(rounds):
         for name in CONTENDERS:
             with tempfile.TemporaryDirectory(dir=folder) as room:
-                found = run(name, str(model), str(data), os.path.join(room, "out"), which)
+                found = run(name, str(model), str(data), os.path.join(room, "out"), which, device)
             click.echo(f"  {which}, round {number}, {name}: {found['samples'] / found['seconds']:.2f} /s", err=True)
             runs[name].append(found)
     results: dict[str, Any] = {"samples": samples}
@@ -307,9 +308,14 @@ PARTS = ("all", "late", "memory", "size")
 @click.option("--only", multiple=True, type=click.Choice(PARTS))
 @click.option("--quick", is_flag=True, help="One round over few samples, and up to 10,000 signals.")
 @click.option("--samples", type=int, default=None, help="Pictures (default 1024, quick 64).")
+@click.option(
+    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="For `all`, `late`."
+)
 @click.option("--json", "path", metavar="FILE")
 @click.option("--child", "alone_as", hidden=True)
-def main(only: tuple[str, ...], quick: bool, samples: int | None, path: str | None, alone_as: str | None) -> None:
+def main(
+    only: tuple[str, ...], quick: bool, samples: int | None, device: str, path: str | None, alone_as: str | None
+) -> None:
     """Measure and print."""
     if alone_as:
         child(*json.loads(alone_as))
@@ -321,7 +327,7 @@ def main(only: tuple[str, ...], quick: bool, samples: int | None, path: str | No
         folder = Path(name)
         for which in (part for part in parts if part in LAYERS):
             count, rounds = samples or (64 if quick else 1024), 1 if quick else 3
-            results[which] = speed(which, folder, samples=count, rounds=rounds)
+            results[which] = speed(which, folder, samples=count, rounds=rounds, device=device)
             rows += speed_rows(which, results[which])
             write_json(path, results)
         if rows:

@@ -65,7 +65,7 @@ class Explainer:
     explain after a terminal Softmax or Sigmoid, not before. `providers`, `threads`: onnxruntime's (best first).
     `allow_tf32`: let CUDA round to TF32, faster and not accurate enough for most rules. `cuda_graph`: CUDA
     launches all kernels at once, from the second question of the same shapes on; for small nets, whose weights it takes
-    once more.
+    once more; `at` does without.
     `memory_limit`: bytes that one run may take, roughly; `cache_limit`: bytes of compiled relevance models to keep.
     `low`, `high` (or `preprocessing`: an object that has them, a preset or a file): the range of input values, for
     composites that need it. `cache`: a folder in which canonical and compiled models are kept for the next process

@@ -253,7 +253,7 @@ class RelevanceModels:
             model = self._write(plan)
             outputs = [port.name for port in model.graph.output]
             keep = [] if plan == self.everything else self._activations
-            session = Staged(split(model, _questions(model)), outputs, keep, start)
+            session = Staged(split(model, _questions(model)), outputs, keep, partial(start, capture=False))
             about = metadata(model)
         elif self._cache is None:
             model = self._write(plan)
@@ -283,14 +283,20 @@ class RelevanceModels:
         )
 
     def _start(
-        self, model: Any, *, optimize: bool = True, optimized: Any = None, plan_memory: bool = True
+        self,
+        model: Any,
+        *,
+        optimize: bool = True,
+        optimized: Any = None,
+        plan_memory: bool = True,
+        capture: bool = True,
     ) -> Session | Captured:
-        """A session as the caller of this class wants them."""
+        """A session as the caller of this class wants them, with `capture` one that records if that was asked for."""
         from onnxcrp import blocked
         from onnxcrp.captured import Captured
 
         options = dict(self._session_options)
-        captured = options.pop("cuda_graph", False)
+        captured = options.pop("cuda_graph", False) and capture
         level = optimize and self.optimization
         start = partial(blocked.start, model, optimize=level, optimized=optimized, plan_memory=plan_memory, **options)
         if not captured:

@@ -51,7 +51,7 @@ def providers(
     `requested` is a name ("cuda", "CUDAExecutionProvider"), a (name, options) pair, or several of them. TensorRT and
     others are taken on request only. On CUDA, TF32 is off unless `allow_tf32` or the options say otherwise: with its
     10-bit mantissa relevance is not accurate enough. `capture` lets CUDA record the first run and replay it, for
-    sessions that keep to one set of buffers (captured.py); among the options it is refused.
+    sessions that keep to one set of buffers (captured.py). Options that would make answers wrong are refused.
     Raises RuntimeMissingError without onnxruntime or for what it lacks.
     """
     available = _onnxruntime().get_available_providers()
@@ -71,11 +71,9 @@ def providers(
         if capture and name == CUDA:
             defaults["enable_cuda_graph"] = "1"
         chosen[name] = (name, {**defaults, **options})
-        if str(options.get("enable_cuda_graph", "0")).lower() in ("1", "true"):
-            raise RuntimeMissingError(
-                "enable_cuda_graph as an option would replay the addresses of the first run, whatever is asked",
-                hint="Explainer(..., cuda_graph=True)",
-            )
+        for option, (why, hint) in _REFUSED.items():
+            if str(options.get(option, "0")).lower() in ("1", "true"):
+                raise RuntimeMissingError(f"{option} {why}", hint=hint)
     for name, given in (("allow_tf32", allow_tf32), ("cuda_graph", capture)):
         if given and CUDA not in chosen:
             raise RuntimeMissingError(
@@ -84,6 +82,14 @@ def providers(
     chosen.setdefault(CPU, (CPU, {}))  # onnxruntime puts it last anyway: nodes that the others cannot run go there
     return list(chosen.values())
 
+
+_REFUSED = {  # options of CUDA: why, and what to do instead
+    "enable_cuda_graph": (
+        "as an option would replay the addresses of the first run, whatever is asked",
+        "Explainer(..., cuda_graph=True)",
+    ),
+    "fuse_conv_bias": ("makes convolutions wrong (onnxruntime 1.31.1: relevance off by its own size)", "leave it out"),
+}
 
 _providers = providers  # inside Session a parameter hides the name
 
@@ -287,7 +293,10 @@ class Session:
                 return InputError(f"input {name!r} has shape {list(value.shape)}, expected {list(port.shape)}")
         message = _one_line(error)
         memory = "allocat" in message.lower()
-        return OnnxcrpError(f"onnxruntime failed: {message}", hint="lower memory_limit" if memory else None)
+        hint = "lower memory_limit" if memory else None
+        if "captur" in str(error):
+            hint = "CUDA cannot record this model: leave cuda_graph out"
+        return OnnxcrpError(f"onnxruntime failed: {message}", hint=hint)
 
 
 _CUDA_HINT = 'pip install "onnxcrp[gpu]" brings the CUDA and cuDNN libraries; providers="cpu" asks for the CPU'

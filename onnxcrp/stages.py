@@ -19,7 +19,6 @@ import numpy as np
 import onnx
 
 if TYPE_CHECKING:
-    from onnxcrp.captured import Captured
     from onnxcrp.session import Port, Session
 
 BACKWARD = "R/"  # what the walk writes is named so
@@ -150,14 +149,14 @@ class Staged:
         whole: Split,
         outputs: Sequence[str],
         keep: Iterable[str],
-        start: Callable[[onnx.ModelProto], Session | Captured],
+        start: Callable[[onnx.ModelProto], Any],
     ) -> None:
         forward, factors = whole.made_by(whole.forward), whole.made_by(whole.factors)
         later = {*whole.factors.reads, *whole.messages.reads, *outputs}
         self.activations = sorted(later & forward | set(keep) & forward)
         self.outputs = {name: "forward" if name in forward else "factors" if name in factors else "messages"
                         for name in outputs}  # fmt: skip
-        self._sessions: dict[str, Session | Captured] = {}
+        self._sessions: dict[str, Session] = {}
         self._sessions["forward"] = start(part(whole, whole.forward, self.activations, {}))
         ports = {**self._sessions["forward"].inputs, **self._sessions["forward"].outputs}
         self.factors = sorted({*whole.messages.reads, *outputs} & factors)
@@ -185,6 +184,6 @@ class Staged:
         return {name: made[name] if name in made else known[name] for name in outputs}
 
 
-def _of(session: Session | Captured, values: Mapping[str, Any]) -> dict[str, Any]:
+def _of(session: Session, values: Mapping[str, Any]) -> dict[str, Any]:
     """What a session takes of all that is known."""
     return {name: values[name] for name in session.inputs if name in values}

@@ -104,6 +104,7 @@ def test_the_gpu_benchmark_on_the_cpu(tmp_path, monkeypatch) -> None:
     assert found["parity"] < 1e-4
     assert set(found["times faster"]) == {
         "one heatmap, than zennit",
+        "one heatmap, than zennit-crp",
         "4 conditions, than zennit-crp",
         "an indexed sample, than zennit-crp",
     }

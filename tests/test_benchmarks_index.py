@@ -37,7 +37,7 @@ def test_both_contenders_find_the_same_reference_samples(tmp_path):
     model, data = benchmark.export(benchmark.NET, benchmark.PICTURE, tmp_path), tmp_path / "pictures"
     benchmark.write_pictures(data, 5)
     for name, run in benchmark.CONTENDERS.items():
-        found = run(str(model), str(data), str(tmp_path / name), "late")
+        found = run(str(model), str(data), str(tmp_path / name), "late", "cpu")
         assert found["samples"] == 5
         assert benchmark.on_disk(str(tmp_path / name))["files"] > 5
     layer = benchmark.LAYERS["late"]

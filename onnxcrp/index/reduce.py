@@ -26,6 +26,7 @@ CRITERIA = {"relmax": "relevance", "actmax": "activation"}
 AGGREGATES = ("sum", "max")
 LINEAR = ("convolution", "dense")
 STREAMS = 4  # runs at once on a CPU, at most: each needs memory for a batch
+ON_DEVICE = 2  # on a GPU: one computes while the scores of the other are fetched and sorted in
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ class Reducer:
         self.target_input: str = names["target"]
         if target == "predicted":
             _predict_inside(relevance, self.target_input, self.explained)
-        self.streams, each = streams(threads) if chosen(providers)[0][0] == CPU else (1, threads)
+        self.streams, each = streams(threads) if chosen(providers)[0][0] == CPU else (ON_DEVICE, threads)
         self.session = start(relevance, threads=each)
         self.forward = None
         if self.most > 1 and target != "all":

@@ -8,6 +8,7 @@ does not grow with the number of samples.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -351,12 +352,18 @@ class State:
             for name, channels in self.layout.layers.items()
         }
 
-    def add(self, rows: Mapping[str, Mapping[str, Rows]]) -> None:
-        """{criterion: {layer: rows}} of some samples."""
+    def add(self, rows: Mapping[str, Mapping[str, Rows]], pool: Executor | None = None) -> None:
+        """{criterion: {layer: rows}} of some samples; the threads of `pool` take a layer each."""
         edges = self.layout.edges
-        for criterion, of_layer in rows.items():
-            for name, each in of_layer.items():
-                self.layers[name].add(criterion, each, edges)
+
+        def sort_in(name: str) -> None:
+            for criterion, of_layer in rows.items():
+                if name in of_layer:
+                    self.layers[name].add(criterion, of_layer[name], edges)
+
+        names = dict.fromkeys(name for of_layer in rows.values() for name in of_layer)
+        for _ in (map if pool is None else pool.map)(sort_in, names):
+            pass
         first = next(iter(rows.get("relmax", rows.get("actmax", {})).values()), None)
         if first is not None:
             for cls, count in zip(*np.unique(first.target, return_counts=True), strict=True):

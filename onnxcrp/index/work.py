@@ -34,6 +34,7 @@ PILOT_PER_CLASS = 4  # samples of a pilot per class, where data has more classes
 PILOT_SHARE = 20  # or this part of all samples, if that is more
 AHEAD = 3  # batches decoded ahead of the model
 AT_ONCE = 1 << 20  # scores of one kind that are sorted in at once
+SORTERS = 4  # threads that sort in, a layer each: what a GPU needs to be kept busy
 BATCH_NUMBERS = 1 << 20  # inputs of a batch where no size is asked for, as numbers: 7 pictures of 224 x 224
 BATCH_SIZES = (8, 64)  # within these limits, four times that on a GPU
 
@@ -298,22 +299,23 @@ class Work:
         waiting: list[Mapping[str, Mapping[str, Rows]]] = []
         enough = max(1, AT_ONCE // sum(self.layout.layers.values()))
         rows = 0
-        for (entry, batch), scores in self._scored(batches):
-            if scores is not None:
-                for sample, why in scores.bad.items():
-                    if sample not in state.skipped:
-                        state.skipped[sample] = why
-                        state.samples -= 1
-                state.negative += scores.negative
-                waiting.append(scores.rows)
-                rows += scores.count
-            if waiting and (rows >= enough or (scores is None and entry[2])):
-                state.add(_joined(waiting))
-                waiting, rows = [], 0
-            if scores is None:
-                state.skipped |= batch.failed
-                state.samples += len(batch.sample)
-                yield entry, len(batch.failed)
+        with ThreadPoolExecutor(min(SORTERS, os.cpu_count() or 1), "sort") as pool:
+            for (entry, batch), scores in self._scored(batches):
+                if scores is not None:
+                    for sample, why in scores.bad.items():
+                        if sample not in state.skipped:
+                            state.skipped[sample] = why
+                            state.samples -= 1
+                    state.negative += scores.negative
+                    waiting.append(scores.rows)
+                    rows += scores.count
+                if waiting and (rows >= enough or (scores is None and entry[2])):
+                    state.add(_joined(waiting), pool)
+                    waiting, rows = [], 0
+                if scores is None:
+                    state.skipped |= batch.failed
+                    state.samples += len(batch.sample)
+                    yield entry, len(batch.failed)
 
     def _scored(
         self, batches: Iterable[tuple[Any, Sequence[int], bool]]
@@ -329,7 +331,7 @@ class Work:
 
         streams = self.reducer.streams
         with ThreadPoolExecutor(streams, "model") as pool:
-            yield from in_order(pool, runs(), 2 * streams)
+            yield from in_order(pool, runs(), 4 * streams)
 
     def _decoded(self, batches: Iterable[tuple[Any, Sequence[int], bool]]) -> Iterator[tuple[Any, Batch]]:
         """Batches in order, decoded by threads ahead of their use."""

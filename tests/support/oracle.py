@@ -41,6 +41,9 @@ RULES: dict[str, tuple[Hook, Hook, Hook]] = {  # composite: rules of the first l
 }
 
 
+NOTHING = 1e-300  # as an eps: 1 + NOTHING is 1, and torch 2.11 refuses 0
+
+
 class Merge(MergeBatchNorm):
     """zennit's merge for given (linear, BatchNorm) pairs, with the BatchNorm an exact identity afterwards."""
 
@@ -53,7 +56,7 @@ class Merge(MergeBatchNorm):
         for linear, batchnorm in self.pairs:
             instance = Merge()
             instance.register((linear,), batchnorm)
-            instance.eps, batchnorm.eps = batchnorm.eps, 0.0
+            instance.eps, batchnorm.eps = batchnorm.eps, NOTHING
             instances.append(instance)
         return instances
 
