@@ -1,6 +1,6 @@
 """Where we stand: `benchmarks.explain` for every net, each in a process of its own, and one table of all.
 
-    python -m benchmarks.all [--quick] [--only vgg16] [--json FILE]
+    python -m benchmarks.all [--quick] [--only vgg16] [--seconds 240] [--json FILE]
 
 `--quick` starts no net that would not be done within 15 minutes in all, and names those that are left.
 """
@@ -28,13 +28,13 @@ ORDER = ("ecg", "squeezenet1_0", "resnet18", "mobilenet_v2", "resnet50", "vgg16"
          "convnext_tiny", "vit_b_16")  # fmt: skip
 
 
-def measured(net: str, *, quick: bool, seconds: float | None) -> dict[str, Any]:
-    """What `benchmarks.explain` finds for one net, or {"error": why not}."""
+def measured(net: str, *, quick: bool, seconds: float | None, part: float | None = None) -> dict[str, Any]:
+    """What `benchmarks.explain` finds for one net within `seconds`, or {"error": why not}; `part`: its --seconds."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "found.json"
         command = [sys.executable, "-m", "benchmarks.explain", "--only", net, "--json", str(path)]
         process = subprocess.Popen(
-            command + ["--quick"] * quick,
+            command + ["--quick"] * quick + (["--seconds", str(part)] if part else []),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
@@ -65,8 +65,9 @@ def as_timings(found: Any) -> Any:
 @click.command(help=__doc__)
 @click.option("--only", multiple=True, type=click.Choice(list(NETS)))
 @click.option("--quick", is_flag=True, help="One composite, fewer conditions and rounds, 15 minutes at most.")
+@click.option("--seconds", "part", type=float, help="No round of a part of a net begins later.")
 @click.option("--json", "path", metavar="FILE")
-def main(only: tuple[str, ...], quick: bool, path: str | None) -> None:
+def main(only: tuple[str, ...], quick: bool, part: float | None, path: str | None) -> None:
     """Measure and print."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     begin, results = time.monotonic(), {}
@@ -77,7 +78,7 @@ def main(only: tuple[str, ...], quick: bool, path: str | None) -> None:
             continue
         click.echo(f"{net} ...", err=True)
         start = time.monotonic()
-        results[net] = as_timings(measured(net, quick=quick, seconds=left))
+        results[net] = as_timings(measured(net, quick=quick, seconds=left, part=part))
         click.echo(f"{net}: {time.monotonic() - start:.0f} s", err=True)
         write_json(path, results)
     write_json(path, results)

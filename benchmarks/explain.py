@@ -1,6 +1,6 @@
-"""One net: onnxruntime's forward pass, torch's gradient, zennit, zennit-crp, captum and onnxcrp in one run.
+"""One net: onnxruntime's forward pass, torch's gradient, zennit, zennit-crp, captum and onnxcrp, in turn.
 
-    python -m benchmarks.explain [--quick] [--only vgg16 --only ecg] [--json FILE]
+    python -m benchmarks.explain [--quick] [--only vgg16 --only ecg] [--seconds 240] [--json FILE]
 
 At batch 1 on random weights, in multiples of onnxruntime's forward pass on the same model: one heatmap under every
 composite that fits; conditions (single channels) on a late, a middle and an early layer and on a chain of all three;
@@ -22,38 +22,38 @@ from typing import Any
 import click
 
 from benchmarks.common import Timing, alone, interleaved, report, write_json
-from benchmarks.contenders import BATCH, CONTENDERS, TARGET, Contender, one_line
+from benchmarks.contenders import BATCH, CONTENDERS, TARGET
 from benchmarks.nets import HIGH, LOW, NETS, export, sample
+from benchmarks.worker import Worker, WorkerError, workers
 
 COUNTS = (16, 64, 256)
 PEER = 16  # conditions that the peer is asked at most
 CHAIN = "chain"
 
 
-def heatmaps(net: str, path: str, composite: str, *, rounds: int, seconds: float) -> dict[str, Any]:
-    """One heatmap of every contender: {who: Timing, or why there is none}."""
+def heatmaps(started: Mapping[str, Worker], *, captum: bool, rounds: int, seconds: float) -> dict[str, Any]:
+    """One heatmap of every contender: {who: Timing, or why there is none}; `captum`: whether it is asked."""
     found: dict[str, Any] = {}
     runs: dict[str, Callable[[], Any]] = {}
-    for who, contender in CONTENDERS.items():
-        if who == "captum" and composite != NETS[net].composites[0]:
-            continue  # its rules are always its own
+    for who, worker in started.items():
+        if who == "captum" and not captum:
+            continue
         try:
-            run = contender(net, path, composite).heatmap()
-            if run is None:
-                found[who] = "no such composite"
-                continue
-            run()
-            runs[who] = run
-        except Exception as error:  # a peer that cannot do it is a row of the table
+            run = worker.asks()
+        except WorkerError as error:  # a peer that cannot do it is a row of the table
             if who in ("forward", "onnxcrp"):
                 raise
-            found[who] = one_line(error)
-    return interleaved(runs, rounds=rounds, seconds=seconds) | found
+            found[who] = str(error)
+            continue
+        if run is None:
+            found[who] = "no such composite"
+        else:
+            runs[who] = run
+    return interleaved(runs, rounds=rounds, seconds=seconds, warmup=0) | found
 
 
 def conditions(
-    net: str,
-    path: str,
+    started: Mapping[str, Worker],
     layers: Sequence[str],
     counts: Sequence[int],
     *,
@@ -65,22 +65,17 @@ def conditions(
 
     The peer gets a whole batch of conditions at least: one alone would cost it more than its share.
     """
-    composite = NETS[net].composites[0]
-    own, peer = (CONTENDERS[who](net, path, composite) for who in ("onnxcrp", "zennit-crp"))
-    runs: dict[str, Callable[[], Any]] = {"forward": CONTENDERS["forward"](net, path, composite).heatmap()}  # type: ignore[dict-item]
-    runs |= {f"onnxcrp {count}": _asked(own, layers, count) for count in (1, *counts)}
+    runs: dict[str, Any] = {"forward": started["forward"].asks()}
+    runs |= {f"onnxcrp {count}": started["onnxcrp"].asks(layers, count) for count in (1, *counts)}
     found: dict[str, Any] = {}
     measured = 0
     try:
-        if peers and (one := peer.conditions(layers, 1)):
-            one()
-            start = time.perf_counter()
-            one()
-            measured = max(BATCH, min(PEER, int(seconds / 4 / (time.perf_counter() - start))))
-            runs[f"zennit-crp {measured}"] = _asked(peer, layers, measured)
-    except Exception as error:
-        found["zennit-crp"] = one_line(error)
-    found = interleaved(runs, rounds=rounds, seconds=seconds) | found
+        if peers and (one := started["zennit-crp"].asks(layers, 1)):
+            measured = max(BATCH, min(PEER, int(seconds / 4 / one())))
+            runs[f"zennit-crp {measured}"] = started["zennit-crp"].asks(layers, measured)
+    except WorkerError as error:
+        measured, found["zennit-crp"] = 0, str(error)
+    found = interleaved(runs, rounds=rounds, seconds=seconds, warmup=0) | found
     if measured:
         for count in counts:
             if count != measured:
@@ -93,39 +88,38 @@ def conditions(
     return found
 
 
-def _asked(contender: Contender, layers: Sequence[str], count: int) -> Callable[[], Any]:
-    run = contender.conditions(layers, count)
-    assert run is not None
-    return run
-
-
-def measure(net: str, folder: Path, *, quick: bool) -> dict[str, Any]:
-    """All figures of one net."""
+def measure(net: str, folder: Path, *, quick: bool, seconds: float | None = None) -> dict[str, Any]:
+    """All figures of one net; no round of a part begins after `seconds`."""
     path = export(net, folder)
     about = NETS[net]
-    rounds, seconds = (3, 6.0) if quick else (9, 240.0)
-    composites = about.composites[:1] if quick else about.composites
+    rounds = 3 if quick else 9
+    seconds = seconds or (6.0 if quick else 240.0)
     found: dict[str, Any] = {"heatmap": {}, "conditions": {}}
-    for composite in composites:
-        found["heatmap"][composite] = heatmaps(net, path, composite, rounds=rounds, seconds=seconds)
-    for place, layer in about.places.items():
-        counts = COUNTS if not quick else COUNTS[:2] if place == "late" else COUNTS[:1]
-        found["conditions"][place] = {
-            "layer": layer,
+    main, *others = about.composites[:1] if quick else about.composites
+    with workers(net, path, main) as started:
+        found["heatmap"][main] = heatmaps(started, captum=True, rounds=rounds, seconds=seconds)
+        for place, layer in about.places.items():
+            counts = COUNTS if not quick else COUNTS[:2] if place == "late" else COUNTS[:1]
+            found["conditions"][place] = {
+                "layer": layer,
+                **conditions(
+                    started,
+                    [layer],
+                    counts,
+                    rounds=max(2, rounds // 3),
+                    seconds=seconds,
+                    peers=not quick or place == "late",
+                ),
+            }
+        found["conditions"][CHAIN] = {
+            "layer": " + ".join(about.layers),
             **conditions(
-                net,
-                path,
-                [layer],
-                counts,
-                rounds=max(2, rounds // 3),
-                seconds=seconds,
-                peers=not quick or place == "late",
+                started, about.layers, COUNTS[:1], rounds=max(2, rounds // 3), seconds=seconds, peers=not quick
             ),
         }
-    found["conditions"][CHAIN] = {
-        "layer": " + ".join(about.layers),
-        **conditions(net, path, about.layers, COUNTS[:1], rounds=max(2, rounds // 3), seconds=seconds, peers=not quick),
-    }
+    for composite in others:  # captum's rules are always its own
+        with workers(net, path, composite) as started:
+            found["heatmap"][composite] = heatmaps(started, captum=False, rounds=rounds, seconds=seconds)
     wanted = [("onnxcrp", "heatmap"), ("onnxcrp", "64")]
     if about.channels_first:
         wanted += [("zennit-crp", "heatmap")] if quick else [("zennit-crp", "heatmap"), ("zennit-crp", "16")]
@@ -136,7 +130,7 @@ def measure(net: str, folder: Path, *, quick: bool) -> dict[str, Any]:
     found["start"] = alone(__spec__.name, "--child", "start", net, "", path, ONNXCRP_CACHE="")
     alone(__spec__.name, "--child", "cached", net, "", path, ONNXCRP_CACHE=cache)
     found["cached"] = alone(__spec__.name, "--child", "cached", net, "", path, ONNXCRP_CACHE=cache)
-    found["file"] = _sizes(path, folder, composites[0])
+    found["file"] = _sizes(path, folder, main)
     return found
 
 
@@ -265,9 +259,12 @@ def _size(told: Mapping[str, Any]) -> str:
 @click.option(
     "--quick", is_flag=True, help="One composite, fewer conditions and rounds; the peer on the late layer only."
 )
+@click.option("--seconds", type=float, help="No round of a part begins later (default 240, quick 6).")
 @click.option("--json", "path", metavar="FILE")
 @click.option("--child", "alone_as", nargs=4, hidden=True)
-def main(only: tuple[str, ...], quick: bool, path: str | None, alone_as: tuple[str, ...] | None) -> None:
+def main(
+    only: tuple[str, ...], quick: bool, seconds: float | None, path: str | None, alone_as: tuple[str, ...] | None
+) -> None:
     """Measure and print."""
     if alone_as:
         child(*alone_as)
@@ -276,7 +273,7 @@ def main(only: tuple[str, ...], quick: bool, path: str | None, alone_as: tuple[s
     for name in only or NETS:
         click.echo(f"{name} ...", err=True)
         with tempfile.TemporaryDirectory() as folder:
-            results[name] = measure(name, Path(folder), quick=quick)
+            results[name] = measure(name, Path(folder), quick=quick, seconds=seconds)
         write_json(path, results)
     tables(results)
 

@@ -67,6 +67,7 @@ class Asked:
         self.hidden = bool(self.starts) and start_from != "relevance"
         self._seed, self._target = self._choose_seed(seed, target)
         self.targets: list[Target] = []  # one per question, unless hidden
+        self._plans: dict[tuple[str, ...], Plan] = {}
         self.many = not pairwise and any(
             given is not None and not isinstance(given, Mapping) for given in (conditions, start)
         )
@@ -190,7 +191,10 @@ class Asked:
             if both := begin.keys() & feeds.keys():
                 raise QuestionError(f"layer {min(both)[len('mask.') :]} is both start and condition")
             feeds |= begin
-        return Question(feeds, self._plan(feeds))
+        roles = tuple(feeds)
+        if roles not in self._plans:
+            self._plans[roles] = self._plan(roles)
+        return Question(feeds, self._plans[roles])
 
     def _arrays(self, role: str, concepts: Concepts) -> dict[str, np.ndarray]:
         """Masks, or seeds, of the layers named."""
@@ -208,9 +212,9 @@ class Asked:
             arrays[f"{role}.{layer.name}"] = array
         return arrays
 
-    def _plan(self, feeds: Mapping[str, np.ndarray]) -> Plan:
+    def _plan(self, roles: Sequence[str]) -> Plan:
         layers = {
-            role: tuple(sorted(key[len(role) + 1 :] for key in feeds if key.startswith(f"{role}.")))
+            role: tuple(sorted(key[len(role) + 1 :] for key in roles if key.startswith(f"{role}.")))
             for role in ("mask", "seed")
         }
         return Plan(

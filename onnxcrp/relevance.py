@@ -106,7 +106,9 @@ class RelevanceModels:
         self._lock = threading.Lock()
         self._compiling = threading.Lock()
         self._programs: OrderedDict[tuple[Plan, bool], _Cell] = OrderedDict()
+        self._layers: dict[str, Layer] = {}  # by the names they were asked for
         self._sizes: dict[tuple[tuple[int, ...], ...], dict[str, int]] = {}
+        self._of_question: dict[tuple[Plan, tuple[tuple[int, ...], ...]], tuple[int, int]] = {}
 
     def with_sessions(self, **options: Any) -> RelevanceModels:
         """The same relevance models in sessions of their own, with other options."""
@@ -123,10 +125,15 @@ class RelevanceModels:
 
     def layer(self, name: str) -> Layer:
         """A layer as the user names it; raises QuestionError listing the nearest names."""
-        from onnxcrp.backward import concept_axis
-
         if not isinstance(name, str):
             raise QuestionError(f"layers are named by strings, got {name!r}")
+        if name not in self._layers:
+            self._layers[name] = self._found(name)
+        return self._layers[name]
+
+    def _found(self, name: str) -> Layer:
+        from onnxcrp.backward import concept_axis
+
         node = self.facts.names.resolve(name)
         tensor = node.outputs[0]
         if tensor.shape is None:
@@ -141,7 +148,7 @@ class RelevanceModels:
         """The model's inputs: name -> (dtype, shape)."""
         return {t.name: (np.dtype(t.dtype), shape_of(t)) for t in self.facts.graph.inputs}
 
-    @property
+    @cached_property
     def explained_shape(self) -> Shape:
         """Of the explained output."""
         return shape_of(self.facts.tensors[self.facts.explained])
@@ -337,7 +344,7 @@ class RelevanceModels:
 
     def elements(self, feeds: Mapping[str, np.ndarray]) -> dict[str, int]:
         """Numbers per sample in every data tensor, for inputs of these shapes; dimensions nobody knows count as 1."""
-        key = tuple(feeds[name].shape[1:] for name in sorted(feeds))
+        key = _shapes(feeds)
         with self._lock:
             if key in self._sizes:
                 return self._sizes[key]
@@ -353,6 +360,20 @@ class RelevanceModels:
         with self._lock:
             self._sizes[key] = sizes
         return sizes
+
+    def numbers_of_question(self, plan: Plan, feeds: Mapping[str, np.ndarray]) -> tuple[int, int]:
+        """For one more question of a plan: numbers in the largest tensor below its first mask, and in its answers."""
+        key = (plan, _shapes(feeds))
+        if key not in self._of_question:
+            sizes, facts = self.elements(feeds), self.facts
+            layers = [self.layer(name).tensor for name in (*plan.conditions, *plan.start)]
+            below = facts.between([*layers, *([] if plan.start else [facts.explained])], None)
+            recorded = [self.layer(name).tensor for name in plan.record]
+            self._of_question[key] = (
+                max((sizes.get(name, 0) for name in below), default=0),
+                sum(sizes.get(name, 0) for name in (*plan.inputs, *recorded)),
+            )
+        return self._of_question[key]
 
     def _inferred(self, feeds: Mapping[str, np.ndarray]) -> dict[str, Shape]:
         """Shapes in a model with dynamic sizes, for inputs of these shapes; nothing where onnx cannot tell."""
@@ -374,6 +395,11 @@ class RelevanceModels:
             return {}
         found = described((*model.graph.value_info, *model.graph.output))
         return {name: tuple(each.sizes) for name, each in found.items()}
+
+
+def _shapes(feeds: Mapping[str, np.ndarray]) -> tuple[tuple[int, ...], ...]:
+    """Of one sample, input by input."""
+    return tuple(feeds[name].shape[1:] for name in sorted(feeds))
 
 
 def _questions(model: onnx.ModelProto) -> set[str]:

@@ -113,8 +113,10 @@ class Run:
             else:
                 pairs_of_role = pairs
             rows = [array[row if len(array) > 1 else 0] for array, (row, _) in zip(arrays, pairs_of_role, strict=True)]
-            shape = np.broadcast_shapes(*{each.shape for each in rows})
-            feeds[name] = np.stack([np.broadcast_to(each, shape) for each in rows])
+            shapes = {each.shape for each in rows}
+            if len(shapes) > 1:
+                rows = [np.broadcast_to(each, np.broadcast_shapes(*shapes)) for each in rows]
+            feeds[name] = np.stack(rows)
         return feeds
 
     # --- answers ------------------------------------------------------------------------------------------------------
@@ -201,10 +203,5 @@ class Run:
 
     def _bytes_question(self, plan: Plan) -> int:
         """Bytes that the backward pass takes for one more question: messages from its first mask down, and answers."""
-        sizes, facts = self.models.elements(self.feeds), self.models.facts
-        layers = [self.models.layer(name).tensor for name in (*plan.conditions, *plan.start)]
-        below = facts.between([*layers, *([] if plan.start else [facts.explained])], None)
-        largest = max((sizes.get(name, 0) for name in below), default=0)
-        recorded = [self.models.layer(name).tensor for name in plan.record]
-        answers = sum(sizes.get(name, 0) for name in (*plan.inputs, *recorded))
+        largest, answers = self.models.numbers_of_question(plan, self.feeds)
         return 4 * (LIVE_MESSAGES * largest + 2 * answers)

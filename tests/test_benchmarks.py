@@ -20,6 +20,7 @@ from benchmarks.all import as_timings
 from benchmarks.common import Timing, alone, interleaved
 from benchmarks.contenders import CONTENDERS
 from benchmarks.nets import NETS, channels
+from benchmarks.worker import WorkerError, workers
 from onnxcrp import Explainer
 from onnxcrp.session import Session
 from tests.support import peers
@@ -152,3 +153,19 @@ def test_a_net_that_is_too_slow_goes_with_the_processes_it_started(monkeypatch) 
             return
         time.sleep(0.05)
     pytest.fail(f"process {child} is still there")
+
+
+def test_a_worker_runs_when_it_is_told_to(tmp_path) -> None:
+    peers.need()
+    path = zoo.export("ecg", tmp_path)
+    with workers("ecg", path, "epsilon_plus_flat") as started:
+        runs = {who: started[who].asks() for who in ("forward", "onnxcrp")}
+        runs["four"] = started["onnxcrp"].asks(["block3.conv"], 4)
+        found = interleaved(runs, rounds=2, warmup=0)
+        assert 0 < found["forward"].median < found["onnxcrp"].median < found["four"].median
+        assert started["forward"].asks(["block3.conv"], 4) is None
+        with pytest.raises(WorkerError, match=r"KeyError: .*block9"):
+            started["onnxcrp"].asks(["block9.conv"], 1)
+        started["zennit"]._process.kill()
+        with pytest.raises(WorkerError, match="the process of zennit ended"):
+            started["zennit"].asks()

@@ -10,7 +10,7 @@ import onnx_graphsurgeon as gs
 from onnxcrp.errors import UnsupportedError
 from onnxcrp.evaluate import Attributes, evaluate_node, resize_matrix
 from onnxcrp.graph import Graph, Value
-from onnxcrp.ops.geometry import copied, expand_batch, pads_itself, scatter, separable, window
+from onnxcrp.ops.geometry import copied, pads_itself, scatter, separable, window
 from onnxcrp.ops.registry import KEEPS, NONNEGATIVE, Node, Ones, transpose
 
 
@@ -48,9 +48,10 @@ class _Windows:
     def spread(self, s: Value) -> Value:
         """s [N, C, h...] -> [N, C, H...]: every position of a window gets the window's s."""
         op, node = self.op, self.node
-        single = op.Reshape(s, op.Concat([-1, 1], op.shape(s, 2), axis=0))
-        back = scatter(op, node, single, self.one, self.kernel, group=1)
-        return op.Reshape(back, op.Concat([-1], node.size(0, 1, 2), op.shape(back, 2), axis=0))
+        windows = node.dims(output=True)[2:]
+        known = None not in windows and not node.attrs.get("ceil_mode", 0)
+        single = op.Reshape(s, [-1, 1, *windows] if known else op.Concat([-1, 1], op.shape(s, 2), axis=0))
+        return op.Reshape(scatter(op, node, single, self.one, self.kernel, group=1), node.full_size(0))
 
 
 def _window_ones(op: Graph, node: Node) -> Ones:
@@ -88,13 +89,16 @@ def max_pool(op: Graph, node: Node, s: Value) -> Value:
     if _tiles(node):
         return copied(op, s, attrs["kernel_shape"]) * _winners_of_tiles(op, node, a, attrs)
     indices = op.node("MaxPool", [a], attrs, outputs=2)[1]
-    size = op.ReduceProd(node.size(0, 1), keepdims=1)
-    places = op.Reshape(op.Mod(indices, size), op.Concat(op.shape(a, 0, 1), [-1], axis=0))
+    sizes = [size for size in node.dims(0)[1:] if size is not None]
+    known = len(sizes) == node.rank(0) - 1
+    size = op.as_value([int(np.prod(sizes))]) if known else op.ReduceProd(node.size(0, 1), keepdims=1)
     # a message that does not depend on the sample (a seed of ones) has batch 1 where the winners have more
-    s = expand_batch(op, s, op.Max(op.shape(s, 0, 1), op.shape(a, 0, 1)), node.rank(0))
-    flat = op.Reshape(s, op.Concat(op.shape(s, 0, 1), [-1], axis=0))
-    zeros = op.Expand(0.0, op.Concat(op.shape(s, 0, 1), size, axis=0))
-    scattered = op.ScatterElements(zeros, op.Expand(places, op.shape(flat)), flat, axis=1, reduction="add")
+    batch = op.Max(op.shape(s, 0, 1), op.shape(a, 0, 1))
+    rows = op.Concat(batch, [1], axis=0)
+    flat = op.Expand(op.Flatten(s, axis=1), rows)
+    places = op.Expand(op.Flatten(op.Mod(indices, size), axis=1), rows)
+    zeros = op.Expand(0.0, op.Concat(batch, size, axis=0))
+    scattered = op.ScatterElements(zeros, places, flat, axis=1, reduction="add")
     return op.Reshape(scattered, node.full_size(0))
 
 
