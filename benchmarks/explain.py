@@ -31,13 +31,11 @@ PEER = 16  # conditions that the peer is asked at most
 CHAIN = "chain"
 
 
-def heatmaps(started: Mapping[str, Worker], *, captum: bool, rounds: int, seconds: float) -> dict[str, Any]:
-    """One heatmap of every contender: {who: Timing, or why there is none}; `captum`: whether it is asked."""
+def heatmaps(started: Mapping[str, Worker], *, rounds: int, seconds: float) -> dict[str, Any]:
+    """One heatmap of every contender: {who: Timing, or why there is none}."""
     found: dict[str, Any] = {}
     runs: dict[str, Callable[[], Any]] = {}
     for who, worker in started.items():
-        if who == "captum" and not captum:
-            continue
         try:
             run = worker.asks()
         except WorkerError as error:  # a peer that cannot do it is a row of the table
@@ -93,11 +91,12 @@ def measure(net: str, folder: Path, *, quick: bool, seconds: float | None = None
     path = export(net, folder)
     about = NETS[net]
     rounds = 3 if quick else 9
-    seconds = seconds or (6.0 if quick else 240.0)
+    if seconds is None:
+        seconds = 6.0 if quick else 240.0
     found: dict[str, Any] = {"heatmap": {}, "conditions": {}}
     main, *others = about.composites[:1] if quick else about.composites
     with workers(net, path, main) as started:
-        found["heatmap"][main] = heatmaps(started, captum=True, rounds=rounds, seconds=seconds)
+        found["heatmap"][main] = heatmaps(started, rounds=rounds, seconds=seconds)
         for place, layer in about.places.items():
             counts = COUNTS if not quick else COUNTS[:2] if place == "late" else COUNTS[:1]
             found["conditions"][place] = {
@@ -117,9 +116,9 @@ def measure(net: str, folder: Path, *, quick: bool, seconds: float | None = None
                 started, about.layers, COUNTS[:1], rounds=max(2, rounds // 3), seconds=seconds, peers=not quick
             ),
         }
-    for composite in others:  # captum's rules are always its own
-        with workers(net, path, composite) as started:
-            found["heatmap"][composite] = heatmaps(started, captum=False, rounds=rounds, seconds=seconds)
+    for composite in others:
+        with workers(net, path, composite, without=["captum"]) as started:  # whose rules are always its own
+            found["heatmap"][composite] = heatmaps(started, rounds=rounds, seconds=seconds)
     wanted = [("onnxcrp", "heatmap"), ("onnxcrp", "64")]
     if about.channels_first:
         wanted += [("zennit-crp", "heatmap")] if quick else [("zennit-crp", "heatmap"), ("zennit-crp", "16")]

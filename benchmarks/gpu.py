@@ -26,7 +26,6 @@ from benchmarks import plain
 from benchmarks.common import interleaved, report, write_json
 from benchmarks.contenders import TARGET, one_line, zennit_composite
 from benchmarks.nets import HIGH, LOW, NETS, build, channels, export, sample
-from onnxcrp.profiling import ON_SHAPES
 
 if TYPE_CHECKING:
     from onnxcrp import Explainer
@@ -55,7 +54,7 @@ def why_not() -> str | None:
 def fallbacks(explainer: Explainer, x: np.ndarray, **question: Any) -> list[str]:
     """Nodes that ran on the CPU though CUDA was asked for, except arithmetic on shapes, which is there on purpose."""
     nodes = explainer.profile(x, TARGET % 3, seed="abs", **question)
-    return [f"{node.name} ({node.op})" for node in nodes if node.provider != CUDA and node.bytes > ON_SHAPES]
+    return [f"{node.name} ({node.op})" for node in nodes if node.provider != CUDA and not node.on_shapes]
 
 
 def peers() -> str | None:

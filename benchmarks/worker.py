@@ -76,9 +76,9 @@ class Worker:
 
 
 @contextlib.contextmanager
-def workers(net: str, path: str, composite: str) -> Iterator[dict[str, Worker]]:
+def workers(net: str, path: str, composite: str, *, without: Sequence[str] = ()) -> Iterator[dict[str, Worker]]:
     """A worker for every contender; their processes end with the block."""
-    started = {who: Worker(who, net, path, composite) for who in CONTENDERS}
+    started = {who: Worker(who, net, path, composite) for who in CONTENDERS if who not in without}
     try:
         yield started
     finally:
@@ -87,7 +87,7 @@ def workers(net: str, path: str, composite: str) -> Iterator[dict[str, Worker]]:
 
 
 def taken(run: Run) -> float:
-    """Seconds of a run."""
+    """Seconds of a run: the median of many short ones that are warm, or what a long one took."""
     gc.collect()
     found: list[float] = []
     begin = time.perf_counter()

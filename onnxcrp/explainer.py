@@ -64,8 +64,8 @@ class Explainer:
     (the first one). `inputs`: those whose relevance is asked for (None: all that relevance reaches). `keep_head`:
     explain after a terminal Softmax or Sigmoid, not before. `providers`, `threads`: onnxruntime's (best first).
     `allow_tf32`: let CUDA round to TF32, faster and not accurate enough for most rules. `cuda_graph`: CUDA
-    launches all kernels at once, from the second question of the same shapes on; for small nets, whose weights it takes
-    once more; `at` does without.
+    launches all kernels at once, from the second question of the same shapes on, for up to four sets of shapes, each
+    with the weights once more; not for what `at` keeps.
     `memory_limit`: bytes that one run may take, roughly; `cache_limit`: bytes of compiled relevance models to keep.
     `low`, `high` (or `preprocessing`: an object that has them, a preset or a file): the range of input values, for
     composites that need it. `cache`: a folder in which canonical and compiled models are kept for the next process

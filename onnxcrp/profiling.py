@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import json
+import math
 import os
 import statistics
 from collections.abc import Iterable
@@ -15,9 +16,8 @@ from onnxcrp.errors import OnnxcrpError
 KERNEL = "_kernel_time"
 BLOCKED = "_nchwc"  # what onnxruntime appends to nodes that it rewrites for its blocked layout
 OURS = "layout/"  # how names begin of nodes that keep tensors blocked (blocked.py)
-ON_SHAPES = (
-    1024  # bytes that a node may read and write to count as arithmetic on shapes, which runs on the CPU on purpose
-)
+SIZES = frozenset({"int64", "int32", "bool"})  # types of what is computed about shapes,
+FEW = 64  # and how many entries that has at most
 LAYOUT = frozenset({"ReorderInput", "ReorderOutput", "MemcpyFromHost", "MemcpyToHost"})  # written by the runtime itself
 
 
@@ -25,14 +25,14 @@ LAYOUT = frozenset({"ReorderInput", "ReorderOutput", "MemcpyFromHost", "MemcpyTo
 class NodeTime:
     """A node of a model that ran: its name there, its operator, who ran it, and seconds for one call.
 
-    `bytes`: what it read and wrote in the largest of its runs, weights left out.
+    `on_shapes`: whether all it makes is a few integers, as arithmetic on shapes does, which is on the CPU on purpose.
     """
 
     name: str
     op: str
     provider: str
     seconds: float
-    bytes: int = 0
+    on_shapes: bool = False
 
 
 def read_profile(path: str | os.PathLike[str], *, calls: int, warmup: int = 0) -> list[NodeTime]:
@@ -49,16 +49,22 @@ def read_profile(path: str | os.PathLike[str], *, calls: int, warmup: int = 0) -
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise OnnxcrpError(f"{path} is no profile of onnxruntime: {error}") from error
     found: dict[tuple[str, str, str], list[float]] = {}
-    moved: dict[tuple[str, str, str], int] = {}
+    on_shapes: dict[tuple[str, str, str], bool] = {}
     for event in kernels:
         call = (bisect.bisect_right(starts, event["ts"]) - 1) * calls // len(starts)
         if call >= warmup:
             name = event["name"].removesuffix(KERNEL).removesuffix(BLOCKED)
             key = (name, event["args"]["op_name"], event["args"].get("provider", ""))
             found.setdefault(key, [0.0] * (calls - warmup))[call - warmup] += event["dur"] * 1e-6
-            read_and_written = (int(event["args"].get(size) or 0) for size in ("activation_size", "output_size"))
-            moved[key] = max(moved.get(key, 0), sum(read_and_written))
-    return [NodeTime(*key, statistics.median(seconds), moved[key]) for key, seconds in found.items()]
+            on_shapes[key] = on_shapes.get(key, True) and _few_integers(event["args"].get("output_type_shape") or [])
+    return [NodeTime(*key, statistics.median(seconds), on_shapes[key]) for key, seconds in found.items()]
+
+
+def _few_integers(outputs: list[dict[str, list[int]]]) -> bool:
+    """Whether outputs [{type: shape}] are a few integers each."""
+    return bool(outputs) and all(
+        kind in SIZES and math.prod(shape) <= FEW for each in outputs for kind, shape in each.items()
+    )
 
 
 def merged(profiles: Iterable[list[NodeTime]]) -> list[NodeTime]:
@@ -67,5 +73,5 @@ def merged(profiles: Iterable[list[NodeTime]]) -> list[NodeTime]:
     for node in (node for profile in profiles for node in profile):
         key = (node.name, node.op, node.provider)
         known = found.get(key, replace(node, seconds=0.0))
-        found[key] = replace(node, seconds=node.seconds + known.seconds, bytes=max(node.bytes, known.bytes))
+        found[key] = replace(node, seconds=node.seconds + known.seconds, on_shapes=node.on_shapes and known.on_shapes)
     return list(found.values())

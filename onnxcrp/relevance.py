@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from onnxcrp import captured
 from onnxcrp.condition import mask
 from onnxcrp.device import is_device_array
 from onnxcrp.errors import CompositeError, InputError, QuestionError, UnsupportedError
 from onnxcrp.inputs import check_array, check_device_array
-from onnxcrp.session import metadata, providers
+from onnxcrp.session import CPU, metadata, providers
 from onnxcrp.stages import Staged, split
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
     from onnxcrp.cache import Cache
     from onnxcrp.canonize import Canonical
-    from onnxcrp.captured import Captured
     from onnxcrp.composite import Composite
     from onnxcrp.facts import Facts
     from onnxcrp.session import Session
@@ -175,6 +175,16 @@ class RelevanceModels:
         """How far the runtime may optimise the graph of a Session: all the way, unless one of these says no."""
         return not self.is_quantized and ("basic" if self.is_unrolled else True)
 
+    @cached_property
+    def on_device(self) -> bool:
+        """Whether sessions run on something else than the CPU."""
+        return self._providers()[0][0] != CPU
+
+    def _providers(self, *, capture: bool = False) -> list[tuple[str, dict[str, str]]]:
+        """What sessions are asked to run on; raises RuntimeMissingError for what there is not."""
+        asked = self._session_options
+        return providers(asked.get("providers"), allow_tf32=asked.get("allow_tf32", False), capture=capture)
+
     def is_batched(self, name: str) -> bool:
         """Whether axis 0 of this input counts samples."""
         shape = self.inputs[name][1]
@@ -254,6 +264,9 @@ class RelevanceModels:
 
     def _compile(self, plan: Plan, *, staged: bool) -> Program:
         session: Any
+        if self._session_options.get("cuda_graph", False):
+            self._providers(capture=True)
+            captured.check()
         # batches of conditions vary from chunk to chunk
         start = partial(self._start, plan_memory=not plan.conditions and not staged)
         if staged:
@@ -266,10 +279,7 @@ class RelevanceModels:
             model = self._write(plan)
             session, about = start(model), metadata(model)
         else:
-            from onnxcrp.session import CPU
-
-            asked = self._session_options
-            chosen = providers(asked.get("providers"), allow_tf32=asked.get("allow_tf32", False))
+            chosen = self._providers()
             key: dict[str, Any] = {"sha256": self.canonical.sha256, "composite": self._composite(plan).text}
             key |= {"plan": asdict(plan), "options": dict(self._compile_options), "providers": chosen}
             cpu = [name for name, _ in chosen] == [CPU]
@@ -297,19 +307,15 @@ class RelevanceModels:
         optimized: Any = None,
         plan_memory: bool = True,
         capture: bool = True,
-    ) -> Session | Captured:
+    ) -> Session | captured.Captured:
         """A session as the caller of this class wants them, with `capture` one that records if that was asked for."""
         from onnxcrp import blocked
-        from onnxcrp.captured import Captured
 
         options = dict(self._session_options)
-        captured = options.pop("cuda_graph", False) and capture
+        record = options.pop("cuda_graph", False) and capture
         level = optimize and self.optimization
         start = partial(blocked.start, model, optimize=level, optimized=optimized, plan_memory=plan_memory, **options)
-        if not captured:
-            return start()
-        providers(options.get("providers"), allow_tf32=options.get("allow_tf32", False), capture=True)
-        return Captured(start)
+        return captured.Captured(start) if record else start()
 
     def _composite(self, plan: Plan) -> Composite:
         return self.composite if plan.seed == self.composite.seed else replace(self.composite, seed=plan.seed)

@@ -31,15 +31,18 @@ class Run:
     def forward(self) -> np.ndarray:
         """The explained output [B, ...] by a plain forward pass."""
         program = self.models.program(Plan())
-        found: dict[int, np.ndarray] = {}
+        whole: np.ndarray | None = None
         for rows in self._chunks(range(self.batch), self._bytes_forward()):
             feeds = self._samples(rows)
             for name in program.feeds.values():
                 entries = [size if isinstance(size, int) else 1 for size in self.models.explained_shape[1:]]
                 feeds[name] = np.zeros((1, *entries), np.float32)
-            explained = program.session.run(feeds, [program.explained])[program.explained]
-            found |= dict(zip(rows, explained, strict=False))
-        return np.stack([found[row] for row in range(self.batch)])
+            explained = program.session.run(feeds, [program.explained])[program.explained][: len(rows)]
+            if whole is None:
+                whole = np.empty((self.batch, *explained.shape[1:]), explained.dtype)
+            whole[list(rows)] = explained
+        assert whole is not None
+        return whole
 
     def all(self, asked: Asked) -> Result:
         """Every question for every sample."""
@@ -183,18 +186,18 @@ class Run:
     # --- chunks -------------------------------------------------------------------------------------------------------
 
     def _chunks(self, entries: Sequence[Any], each: int) -> Iterator[Sequence[Any]]:
-        """Runs of entries that fit the memory budget (or the fixed batch).
+        """Runs of entries that fit the memory budget (or the fixed batch), equally long but for the last one.
 
-        All are equally long, for which the last one reaches back into the one before: where shapes change, runtimes
-        plan their convolutions anew, which takes cuDNN longer than running them.
+        On a device the last one reaches back into the one before and is as long: where shapes change, cuDNN plans
+        every convolution anew, which takes longer than running it.
         """
-        if self.models.fixed is not None:
-            yield from (entries[at : at + self.models.fixed] for at in range(0, len(entries), self.models.fixed))
-            return
-        parts = -(-len(entries) // max(1, self.memory_limit // max(1, each)))
-        size = -(-len(entries) // max(1, parts))
-        for at in range(0, len(entries), size):
-            at = min(at, len(entries) - size)
+        size = self.models.fixed
+        if size is None:
+            parts = -(-len(entries) // max(1, self.memory_limit // max(1, each)))
+            size = -(-len(entries) // max(1, parts))
+        for at in range(0, len(entries), max(1, size)):
+            if self.models.on_device and self.models.fixed is None:
+                at = min(at, len(entries) - size)
             yield entries[at : at + size]
 
     def _bytes_forward(self) -> int:

@@ -31,6 +31,13 @@ ALIGNMENT = 64  # bytes: so that tensors mapped from the data file suit every ve
 
 Provider = str | tuple[str, dict[str, str]]
 
+_REPLAYS = ("would replay the addresses of the first run, whatever is asked", "Explainer(..., cuda_graph=True)")
+_REFUSED = {  # options of providers that make answers wrong: why, and what to do instead
+    "enable_cuda_graph": _REPLAYS,
+    "trt_cuda_graph_enable": _REPLAYS,
+    "fuse_conv_bias": ("makes convolutions wrong from the second run on (onnxruntime 1.31.1)", "leave it out"),
+}
+
 
 class Port(NamedTuple):
     """An input or output: `shape` holds int, symbol or None, `dtype` is None for sequences and maps."""
@@ -79,17 +86,11 @@ def providers(
             raise RuntimeMissingError(
                 f"{name} is for CUDA, which is not used", hint='providers="cuda", or leave it out'
             )
+    if capture and next(iter(chosen)) != CUDA:
+        raise RuntimeMissingError("cuda_graph is for CUDA alone", hint='providers="cuda", or leave it out')
     chosen.setdefault(CPU, (CPU, {}))  # onnxruntime puts it last anyway: nodes that the others cannot run go there
     return list(chosen.values())
 
-
-_REFUSED = {  # options of CUDA: why, and what to do instead
-    "enable_cuda_graph": (
-        "as an option would replay the addresses of the first run, whatever is asked",
-        "Explainer(..., cuda_graph=True)",
-    ),
-    "fuse_conv_bias": ("makes convolutions wrong (onnxruntime 1.31.1: relevance off by its own size)", "leave it out"),
-}
 
 _providers = providers  # inside Session a parameter hides the name
 

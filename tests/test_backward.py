@@ -768,6 +768,19 @@ def test_a_long_chain_of_sums_does_not_overflow() -> None:
     assert len(model.graph.node) < 20 * count  # shares of one sum are not written again for all below it
 
 
+def test_the_largest_output_of_a_model_that_joins_its_samples() -> None:
+    """Three samples, one row of scores: what is wrong is told, whatever was asked."""
+    from onnxcrp import Explainer
+
+    model = parsed(
+        "net (float[batch, 2] x) => (float[1, 2] y) { r = Relu (x) y = ReduceMean <keepdims = 1> (r, first) }",
+        first=np.array([0]),
+    )
+    for target in (1, "top"):
+        with pytest.raises(UnsupportedError, match="joins the samples"):
+            Explainer(model, "epsilon").explain(np.ones((3, 2), np.float32), target, seed="one")
+
+
 @pytest.mark.parametrize("path", ["shapes/net", "digits/net", "ecg/net", "keras/image.keras", "keras/image.tf2onnx"])
 def test_what_a_gpu_refuses_is_not_written(path) -> None:
     """onnxruntime's CUDA provider leaves ConvTranspose with unequal padding to the CPU, at ten times the whole cost."""

@@ -27,7 +27,11 @@ CPU = "CPUExecutionProvider"
 def event(name: str, ts: int, dur: int, op: str = "", provider: str = CPU) -> dict:
     if not op:
         return {"cat": "Session", "name": name, "ts": ts, "dur": dur, "args": {}}
-    args = {"op_name": op, "provider": provider}
+    args = {
+        "op_name": op,
+        "provider": provider,
+        "output_type_shape": [{"int64": [4]} if op == "Shape" else {"float": [2]}],
+    }
     return {"cat": "Node", "name": f"{name}_kernel_time", "ts": ts, "dur": dur, "args": args}
 
 
@@ -37,10 +41,12 @@ def test_a_profile_is_read_call_by_call(tmp_path) -> None:
     for run, dur in enumerate([900, 900, 10, 20, 50, 60]):
         start = 1000 * (run + 1)
         events += [event("a_nchwc", start + 1, dur, "Conv"), event("b", start + 100, 2, "Relu", "CUDA")]
+        events += [event("c", start + 200, 1, "Shape")]
         events.append(event("model_run", start, 999))  # written when the run is over, stamped with its start
     path = tmp_path / "profile.json"
     path.write_text(json.dumps(events))
-    a, b = read_profile(path, calls=3, warmup=1)
+    a, b, c = read_profile(path, calls=3, warmup=1)
+    assert [node.on_shapes for node in (a, b, c)] == [False, False, True]
     assert (a.name, a.op, a.provider) == ("a", "Conv", CPU)
     assert a.seconds == pytest.approx(70e-6)  # (30 + 110) / 2
     assert (b.op, b.provider, b.seconds) == ("Relu", "CUDA", pytest.approx(4e-6))
@@ -105,9 +111,9 @@ def test_reasons() -> None:
     assert "16 conditions: " in told
     known = {"batch": "dynamic", "shares_forward": False, "batch_breaks": ["a", "b", "c", "d"], "quantized": False}
     ran = [
-        Step("R/pool/winner/ScatterElements", "ScatterElements", "backward", CPU, 2.0, 0.5, 4096),
-        Step("R/pool/winner/Shape", "Shape", "backward", CPU, 0.0, 0.0, 64),
-        Step("conv1", "Conv", "forward", "CUDAExecutionProvider", 2.0, 0.5, 4096),
+        Step("R/pool/winner/ScatterElements", "ScatterElements", "backward", CPU, 2.0, 0.5),
+        Step("R/pool/winner/Shape", "Shape", "backward", CPU, 0.0, 0.0, on_shapes=True),
+        Step("conv1", "Conv", "forward", "CUDAExecutionProvider", 2.0, 0.5),
     ]
     made = Bench("m", "c", {}, ["CUDAExecutionProvider", CPU], None, 0, steps={"one heatmap": ran})
     assert reasons(known, made) == [

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx.parser
 import onnxruntime
 import pytest
 
@@ -97,7 +98,42 @@ def test_many_threads_read_their_own_answers() -> None:
         assert all(pool.map(ask, range(8)))
 
 
-def test_without_cuda_there_is_nothing_to_record() -> None:
-    explainer = Explainer(NET, providers="cpu", cuda_graph=True)
-    with pytest.raises(RuntimeMissingError, match="cuda_graph is for CUDA"):
-        explainer.explain(feed(Session(NET, "cpu"), 1)["input"], 1)
+def test_what_is_wrong_is_told_as_by_a_session() -> None:
+    captured = Captured(Opened())
+    x = feed(captured, 1)
+    for _ in range(2):
+        with pytest.raises(InputError, match="no input 'nope'"):
+            captured.run({**x, "nope": x["input"]})
+        with pytest.raises(InputError, match="expected float32"):
+            captured.run({"input": x["input"].astype(np.float64)})
+        captured.run(x)
+
+
+def test_small_integers_may_steer_what_runs() -> None:
+    """Of an input that onnxruntime reads on the CPU, as sizes are, another value is another recording."""
+    model = onnx.parser.parse_model("""
+        <ir_version: 9, opset_import: ["" : 17]>
+        net (float[5] x, int64[1] n) => (float[k] y) { zero = Constant <value_ints = [0]> () y = Slice (x, zero, n) }
+    """)
+    opened: list[Any] = []
+
+    def start(*, sizes: Any = None, capture: bool = False) -> Session:
+        opened.append(sizes)
+        return Session(model, "cpu", sizes=sizes)
+
+    captured, x = Captured(start), np.arange(5, dtype=np.float32)
+    for n in (2, 2, 3, 3, 2):
+        np.testing.assert_array_equal(captured.run({"x": x, "n": np.array([n])})["y"], x[:n])
+    assert len(opened) == 3
+
+
+def test_without_cuda_there_is_nothing_to_record(tmp_path) -> None:
+    """Nor is anything lost that is in a cache."""
+    x = feed(Session(NET, "cpu"), 1)["input"]
+    Explainer(NET, providers="cpu", cache=tmp_path).explain(x, 1, seed="abs")
+    before = sorted(tmp_path.rglob("*"))
+    explainer = Explainer(NET, providers="cpu", cuda_graph=True, cache=tmp_path)
+    for ask in (explainer.explain, lambda x, *question, **more: explainer.at(x).explain(*question, **more)):
+        with pytest.raises(RuntimeMissingError, match="cuda_graph is for CUDA"):
+            ask(x, 1, seed="abs")
+    assert sorted(tmp_path.rglob("*")) == before

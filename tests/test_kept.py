@@ -116,6 +116,11 @@ def shapes():
         {"target": [0, 1, 2], "record": ["layer2.0.conv2", "fc"]},
         {"target": 1, "conditions": {"layer2.0.conv2": [3]}, "bypass": "keep"},
         {"target": 1, "conditions": [{"layer2.0.conv2": [c]} for c in (1, 5, 7)], "pairwise": True, "bypass": "keep"},
+        {
+            "target": 1,
+            "conditions": [{"layer2.0.conv2": [1]}, {"layer1.0.conv1": [5]}, {"layer2.0.conv2": [7]}],
+            "pairwise": True,
+        },
         {"start": {"layer2.0.conv2": [3]}, "start_from": "one", "seed": None},
         {"target": {2: 1.0, 3: -1.0}, "inputs": (), "record": "layer1.0.conv1"},
         {"seed": np.eye(6, dtype=np.float32)[:3]},

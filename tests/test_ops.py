@@ -145,6 +145,10 @@ CONVS = [
     ((2, 10), (3, 2, 1), {"strides": [3]}),
     ((2, 5, 4, 5), (3, 2, 1, 1, 1), {"strides": [2, 1, 2]}),
     ((2, 7, 7), (3, 2, 2, 2), {"strides": [4, 4]}),
+    # more padding before than after, by more than the strides can make up for
+    ((2, 16), (3, 2, 3), {"dilations": [2], "pads": [1, 0]}),
+    ((2, 15), (3, 2, 2), {"dilations": [3], "strides": [2], "pads": [2, 0]}),
+    ((2, 14, 13), (3, 2, 3, 3), {"dilations": [4, 1], "strides": [1, 2], "pads": [4, 2, 1, 0]}),
     # one kernel per channel, in blocks of 16
     ((16, 9, 8), (16, 1, 3, 3), {"group": 16, "strides": [2, 2], "pads": [1, 1, 1, 1]}),
     ((32, 10, 12), (32, 1, 5, 4), {"group": 32, "strides": [2, 3], "pads": [2, 1, 2, 2]}),
@@ -237,6 +241,12 @@ def test_average_pool(size: Any, attrs: Any, include: int, conditions: int) -> N
     attrs = {**attrs, "count_include_pad": include}
     check_transpose("AveragePool", [size], attrs, conditions=conditions)
     check_transpose("AveragePool", [size], attrs, conditions=conditions, dynamic=True)
+
+
+def test_average_pool_with_gaps() -> None:
+    """Dilated, with more padding before than after."""
+    attrs = {"kernel_shape": [3], "strides": [2], "dilations": [3], "pads": [1, 0]}
+    check_transpose("AveragePool", [(2, 7)], attrs)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))

@@ -62,7 +62,7 @@ class Step:
     provider: str
     seconds: float
     share: float  # of all nodes
-    bytes: int  # read and written by one run, weights left out
+    on_shapes: bool = False  # arithmetic on shapes
 
 
 @dataclass
@@ -242,7 +242,7 @@ def steps(facts: Facts, nodes: Sequence[NodeTime]) -> list[Step]:
             part = "layout"
         elif not name.startswith(("R/", "output/")):
             name, part = layer_of(facts, name, node.op), "forward"
-        found.append(Step(name, node.op, part, node.provider, node.seconds, node.seconds / total, node.bytes))
+        found.append(Step(name, node.op, part, node.provider, node.seconds, node.seconds / total, node.on_shapes))
     return sorted(found, key=lambda step: -step.seconds)
 
 
@@ -261,8 +261,6 @@ def layer_of(facts: Facts, name: str, op: str) -> str:
 
 def reasons(known: Mapping[str, Any], found: Bench) -> list[str]:
     """What explains the figures, a sentence each; `known` is what `Explainer.inspect` says."""
-    from onnxcrp.profiling import ON_SHAPES
-
     told = []
     if known["batch"] == "fixed":
         told.append("the batch is fixed in the file: samples and conditions run one by one")
@@ -279,7 +277,7 @@ def reasons(known: Mapping[str, Any], found: Bench) -> list[str]:
         for doing, chosen in (
             (
                 f"run on the CPU though {', '.join(asked)} was asked for",
-                [s for s in ran if asked and s.provider == CPU and s.bytes > ON_SHAPES],
+                [s for s in ran if asked and s.provider == CPU and not s.on_shapes],
             ),
             ("scatter or gather entries", [s for s in ran if s.op in SCATTER]),
             (

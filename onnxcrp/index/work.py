@@ -34,7 +34,8 @@ PILOT_PER_CLASS = 4  # samples of a pilot per class, where data has more classes
 PILOT_SHARE = 20  # or this part of all samples, if that is more
 AHEAD = 3  # batches decoded ahead of the model
 AT_ONCE = 1 << 20  # scores of one kind that are sorted in at once
-SORTERS = 4  # threads that sort in, a layer each: what a GPU needs to be kept busy
+SORTERS = 4  # threads that sort in, a layer each, so that a GPU need not wait long
+AHEAD_OF_SORTING = 4  # runs, and ends of batches, per stream that the model may be ahead
 BATCH_NUMBERS = 1 << 20  # inputs of a batch where no size is asked for, as numbers: 7 pictures of 224 x 224
 BATCH_SIZES = (8, 64)  # within these limits, four times that on a GPU
 
@@ -331,7 +332,7 @@ class Work:
 
         streams = self.reducer.streams
         with ThreadPoolExecutor(streams, "model") as pool:
-            yield from in_order(pool, runs(), 4 * streams)
+            yield from in_order(pool, runs(), AHEAD_OF_SORTING * streams)
 
     def _decoded(self, batches: Iterable[tuple[Any, Sequence[int], bool]]) -> Iterator[tuple[Any, Batch]]:
         """Batches in order, decoded by threads ahead of their use."""

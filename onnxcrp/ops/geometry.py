@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from onnxcrp.errors import UnsupportedError
 from onnxcrp.graph import Graph, Value
 from onnxcrp.ops.registry import Node
 
@@ -54,17 +55,14 @@ def scatter(op: Graph, node: Node, s: Value, W: Value, kernel: Sequence[int], *,
     missing = None if pads_itself(node) else _missing(node, kernel, node.dims(output=True)[2:], large)
     if missing is not None:
         extra = [max(size, 0) for size in missing]
-        s = op.ConvTranspose(s, W, **attrs, pads=[*before, *before], output_padding=extra if any(extra) else None)
+        even = op.ConvTranspose(s, W, **attrs, pads=[*before, *before], output_padding=extra if any(extra) else None)
         if min(missing) >= 0:
-            return s
-        return op.Slice(s, [0] * n, op.constant(np.array(large, np.int64)), list(range(2, n + 2)))
-    slack = [stride - 1 for stride in strides]
-    enlarged = [*(min(p, 0) for p in before), *[0] * n]  # a window op with negative padding leaves out an edge
-    whole = op.ConvTranspose(s, W, **attrs, pads=enlarged, output_padding=slack if any(slack) else None)
+            return even
+        return op.Slice(even, [0] * n, op.constant(np.array(large, np.int64)), list(range(2, n + 2)))
+    extra = [stride - 1 for stride in strides]
+    whole = op.ConvTranspose(s, W, **attrs, pads=[0] * 2 * n, output_padding=extra if any(extra) else None)
     sizes, zeros = node.size(index, 2), op.constant(np.zeros(n, np.int64))
-    start = op.constant(np.maximum(before, 0).astype(np.int64))
-    if pads_itself(node):
-        start = _same_before(op, node, sizes, kernel)
+    start = _same_before(op, node, sizes, kernel) if pads_itself(node) else op.constant(np.array(before, np.int64))
     end = op.Add(start, sizes)
     short = op.Max(op.Sub(end, op.shape(whole, 2)), zeros)
     padded = op.Pad(whole, op.Concat(op.constant(np.zeros(n + 4, np.int64)), short, axis=0))
@@ -76,7 +74,7 @@ def _missing(
 ) -> list[int] | None:
     """By how much a ConvTranspose that takes the padding before off both ends falls short of the node's input.
 
-    Negative: it is too long. None: sizes are dynamic, or more is missing than output_padding can give.
+    Negative: it is too long. None: sizes are dynamic, or a whole stride is missing, which output_padding cannot give.
     """
     strides, dilations, before, _ = window(node, kernel)
     missing = []
@@ -86,7 +84,7 @@ def _missing(
         if h is None or size is None:
             return None
         reached = (h - 1) * strides[axis] + dilations[axis] * (k - 1) + 1 - 2 * before[axis]
-        if size - reached >= max(strides[axis], dilations[axis]):
+        if size - reached >= strides[axis]:
             return None
         missing.append(size - reached)
     return missing
@@ -98,9 +96,17 @@ def pads_itself(node: Node) -> bool:
 
 
 def _same_before(op: Graph, node: Node, size: Value, kernel: Sequence[int]) -> Value:
-    """Padding before [n] of `auto_pad` SAME: ceil(size / stride) windows, so p = (that - 1) stride + reach - size."""
+    """Padding before [n] of `auto_pad` SAME: ceil(size / stride) windows, so p = (that - 1) stride + reach - size.
+
+    Raises UnsupportedError for windows that leave out more than one place between them: runtimes then pad less than 0.
+    """
     strides, dilations, _, _ = window(node, kernel)
     reach = [d * (k - 1) + 1 for d, k in zip(dilations, kernel, strict=True)]
+    if any(stride - r > 1 for stride, r in zip(strides, reach, strict=True)):
+        raise UnsupportedError(
+            f"{node!r}: auto_pad with a kernel that much smaller than its stride needs static sizes",
+            hint="export a fixed size",
+        )
     windows = op.Div(op.Add(size, [s - 1 for s in strides]), strides)
     needed = op.Sub(op.Add(op.Mul(op.Sub(windows, [1] * len(kernel)), strides), reach), size)
     total = op.Max(needed, op.constant(np.zeros(len(kernel), np.int64)))
