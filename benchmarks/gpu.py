@@ -203,7 +203,7 @@ def measure(
     path = export(net, folder) if peer is None else plain.write(net, folder)
     x = sample(net, batch)
     explainer, runs = own_runs(net, path, composite, x, device)
-    found: dict[str, Any] = {"composite": composite, "batch": batch}
+    found: dict[str, Any] = {"composite": composite, "batch": batch, "device": device_name()}
     late = NETS[net].places["late"]
     found["fallbacks"] = fallbacks(explainer, x[:1]) + fallbacks(
         explainer, x[:1], conditions=[{late: [0]}, {late: [1]}]

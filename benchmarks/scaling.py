@@ -28,7 +28,9 @@ from benchmarks.common import alone, interleaved, write_json
 from benchmarks.contenders import TARGET
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGE, PICTURE, FIGURES = (ROOT / "docs" / name for name in ("scaling.md", "images/scaling.png", "scaling.json"))
+PAGE, PICTURE, FIGURES, ON_GPU = (
+    ROOT / "docs" / name for name in ("scaling.md", "images/scaling.png", "scaling.json", "gpu.json")
+)
 CHANNELS, DEPTH, SIDE = 64, 8, 56
 POINTS = {
     "conditions": (1, 2, 4, 8, 16, 32, 64),
@@ -123,14 +125,14 @@ def index_rate(few: int, many: int) -> dict[str, Any]:
     return {"seconds per sample": each, "samples": [few, many], "seconds": seconds, "merge, seconds per shard": merging}
 
 
-def imagenet(rate: Mapping[str, Any], gpu: Mapping[str, Any] | None) -> dict[str, float | None]:
+def imagenet(rate: Mapping[str, Any], gpu: Mapping[str, Any] | None) -> dict[str, Any]:
     """Hours for an index of all layers of ResNet-50 over ImageNet's training set.
 
     CORES cores are the CPU machine; NODES of these are the cluster, whose parts are merged one after the other. The
     GPU's rate is that of a batch of which all layers were recorded.
     """
     core_hours = IMAGENET * rate["seconds per sample"] / 3600
-    hours: dict[str, float | None] = {
+    hours: dict[str, Any] = {
         "core": core_hours,
         "machine": core_hours / CORES,
         "cluster": core_hours / CORES / NODES + NODES * rate["merge, seconds per shard"] / 3600,
@@ -139,6 +141,7 @@ def imagenet(rate: Mapping[str, Any], gpu: Mapping[str, Any] | None) -> dict[str
     if gpu is not None:
         net = gpu["results"]["resnet50"]
         hours["gpu"] = IMAGENET * net["timings"]["all layers of a batch"]["median"] / net["batch"] / 3600
+        hours["device"] = net["device"]
     return hours
 
 
@@ -202,7 +205,7 @@ def text(measured: Mapping[str, Any]) -> str:
     by_hand = "`python -m benchmarks.gpu --json FILE`, then `--gpu FILE` here"
     table = [
         ("one CPU machine", f"{CORES} such cores, shards side by side", "machine"),
-        ("one GPU", "a batch after the other, all layers recorded" if hours["gpu"] else by_hand, "gpu"),
+        ("one GPU", f"all layers recorded, one {hours['device']}" if hours["gpu"] else by_hand, "gpu"),
         ("a Ray cluster", f"{NODES} nodes of {CORES} such cores, {merging}", "cluster"),
     ]
     return "\n".join(
@@ -257,10 +260,10 @@ def child(what: str, value: int) -> None:
 @click.command(help=__doc__)
 @click.option("--quick", is_flag=True, help="Two rounds, no memory, eight images of ResNet-50.")
 @click.option("--json", "path", metavar="FILE", default=str(FIGURES), show_default=True)
-@click.option("--gpu", metavar="FILE", help="What benchmarks.gpu wrote.")
+@click.option("--gpu", metavar="FILE", default=str(ON_GPU), show_default=True, help="What benchmarks.gpu wrote.")
 @click.option("--from", "known", metavar="FILE", help="Measure nothing: draw and write from this.")
 @click.option("--child", "alone_as", nargs=2, hidden=True)
-def main(quick: bool, path: str, gpu: str | None, known: str | None, alone_as: tuple[str, str] | None) -> None:
+def main(quick: bool, path: str, gpu: str, known: str | None, alone_as: tuple[str, str] | None) -> None:
     """Measure, draw, write."""
     if alone_as:
         child(alone_as[0], int(alone_as[1]))
@@ -268,7 +271,7 @@ def main(quick: bool, path: str, gpu: str | None, known: str | None, alone_as: t
     if known is None:
         axes = measure(rounds=2 if quick else 3, memory=not quick)
         rate = index_rate(4, 12) if quick else index_rate(8, 24)
-        on_gpu = json.loads(Path(gpu).read_text(encoding="utf-8")) if gpu else None
+        on_gpu = json.loads(Path(gpu).read_text(encoding="utf-8")) if Path(gpu).is_file() else None
         hours = imagenet(rate, on_gpu)
         write_json(path, {"axes": axes, "index": rate, "imagenet": hours})
     write_page(json.loads(Path(known or path).read_text(encoding="utf-8")))

@@ -27,7 +27,11 @@ def test_what_imagenet_takes() -> None:
     assert hours["machine"] == pytest.approx(1281.167 / 64)
     assert hours["cluster"] == pytest.approx(1281.167 / 6400 + 1.0)  # 100 parts of 36 s
     assert hours["gpu"] is None
-    gpu = {"results": {"resnet50": {"batch": 32, "timings": {"all layers of a batch": {"median": 0.32}}}}}
+    gpu = {
+        "results": {
+            "resnet50": {"batch": 32, "device": "a card", "timings": {"all layers of a batch": {"median": 0.32}}}
+        }
+    }
     assert scaling.imagenet(rate, gpu)["gpu"] == pytest.approx(1281167 * 0.01 / 3600)
     assert [scaling.shown(hours) for hours in (None, 0.5, 30, 240)] == [
         "not measured", "30 minutes", "30 hours", "10 days",
