@@ -21,6 +21,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxcrp import Explainer, NegativeLogitWarning
 from onnxcrp.errors import CompositeError, InputError, QuestionError, UnsupportedError
 from onnxcrp.result import channel_axis
+from onnxcrp.run import Run
 
 EPS = 1e-6
 SIZES = (6, 5, 4, 3)
@@ -818,3 +819,23 @@ def test_another_composite_keeps_model_and_options():
     x = np.random.default_rng(0).normal(0, 1, (1, 1, 32, 32)).astype(np.float32)
     expected = Explainer(net, "flat").explain(x, 3)
     np.testing.assert_array_equal(other.explain(x, 3).heatmap, expected.heatmap)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 7])
+def test_on_a_device_all_runs_are_equally_long(residual, image, count):
+    """The last one reaches back; answers are those of one run."""
+    conditions = [{"conv1": [c % 3]} for c in range(count)]
+    want = ask(residual, image, 1, conditions=conditions)
+    explainer = Explainer(residual_net(), "epsilon_plus_flat")
+    explainer._models.on_device = True
+    each = Run(explainer._models, {"x": image}, len(image), 1)
+    for limit in range(1, count + 1):
+        each.memory_limit = limit
+        runs = list(each._chunks(range(count), 1))
+        assert len({len(run) for run in runs}) == 1
+        assert len(runs[0]) <= limit
+        assert sorted({entry for run in runs for entry in run}) == list(range(count))
+    assert list(each._chunks([], 1)) == []
+    for limit in (1, 20_000, 40_000):
+        explainer.memory_limit = limit
+        close(ask(explainer, image, 1, conditions=conditions).relevance["x"], want.relevance["x"], 1e-5)
