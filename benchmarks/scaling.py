@@ -205,7 +205,7 @@ def text(measured: Mapping[str, Any]) -> str:
     by_hand = "`python -m benchmarks.gpu --json FILE`, then `--gpu FILE` here"
     table = [
         ("one CPU machine", f"{CORES} such cores, shards side by side", "machine"),
-        ("one GPU", f"all layers recorded, one {hours['device']}" if hours["gpu"] else by_hand, "gpu"),
+        ("one GPU", f"all layers recorded, time of one {hours['device']} alone" if hours["gpu"] else by_hand, "gpu"),
         ("a Ray cluster", f"{NODES} nodes of {CORES} such cores, {merging}", "cluster"),
     ]
     return "\n".join(

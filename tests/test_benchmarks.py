@@ -169,3 +169,10 @@ def test_a_worker_runs_when_it_is_told_to(tmp_path) -> None:
         started["zennit"]._process.kill()
         with pytest.raises(WorkerError, match="the process of zennit ended"):
             started["zennit"].asks()
+
+
+def test_the_page_of_speed_says_what_was_measured() -> None:
+    page = all_nets.PAGE.read_text(encoding="utf-8")
+    written = json.loads(all_nets.PAGE.with_suffix(".json").read_text(encoding="utf-8"))
+    assert all_nets.filled(page, all_nets.text(written)) == page, "benchmarks.all --from docs/speed.json --page"
+    assert set(written["results"]) == set(NETS)
