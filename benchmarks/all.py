@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from typing import Any
 
 import click
 
-from benchmarks.common import Timing, write_json
+from benchmarks.common import Timing, filled, write_json
 from benchmarks.explain import tables
 from benchmarks.nets import NETS
 
@@ -112,11 +111,6 @@ def _ratio(timing: Any, unit: Timing) -> str:
     return f"{ratio:.{0 if ratio >= 100 else 1}f}{'*' if timing.extrapolated else ''}"
 
 
-def filled(page: str, content: str) -> str:
-    """The page with new content between its marks."""
-    return re.sub(r"(<!-- all -->\n).*?(<!-- /all -->)", lambda m: f"{m[1]}{content}\n{m[2]}", page, flags=re.S)
-
-
 @click.command(help=__doc__)
 @click.option("--only", multiple=True, type=click.Choice(list(NETS)))
 @click.option("--quick", is_flag=True, help="One composite, fewer conditions and rounds, 15 minutes at most.")
@@ -130,10 +124,10 @@ def main(
     """Measure and print."""
     if page and not (known or path):
         raise click.UsageError("--page needs --json or --from")
-    results = (
-        json.loads(Path(known).read_text(encoding="utf-8"))["results"] if known else measure(only, quick, part, path)
-    )
-    tables(as_timings(results))
+    if known is None:
+        tables(measure(only, quick, part, path))
+    else:
+        tables(as_timings(json.loads(Path(known).read_text(encoding="utf-8"))["results"]))
     if page:
         written = json.loads(Path(known or path or "").read_text(encoding="utf-8"))
         PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), text(written)), encoding="utf-8")

@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -133,6 +134,11 @@ def report(title: str, columns: list[str], rows: list[list[str]]) -> None:
     for row in rows:
         table.add_row(*row)
     console.print(table)
+
+
+def filled(page: str, content: str) -> str:
+    """A page of docs/ with new content between its marks."""
+    return re.sub(r"(<!-- figures -->\n).*?(<!-- /figures -->)", lambda m: f"{m[1]}{content}\n{m[2]}", page, flags=re.S)
 
 
 def write_json(path: str | None, content: Any) -> None:

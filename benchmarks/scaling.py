@@ -12,7 +12,6 @@ what `python -m benchmarks.gpu --json FILE` wrote.
 from __future__ import annotations
 
 import json
-import re
 import sys
 import tempfile
 import time
@@ -24,7 +23,7 @@ import click
 import numpy as np
 
 from benchmarks import plain
-from benchmarks.common import alone, interleaved, write_json
+from benchmarks.common import alone, filled, interleaved, write_json
 from benchmarks.contenders import TARGET
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -235,11 +234,6 @@ def write_page(measured: Mapping[str, Any]) -> None:
     draw(measured["results"]["axes"], PICTURE)
     page = PAGE.read_text(encoding="utf-8")
     PAGE.write_text(filled(page, text(measured)), encoding="utf-8")
-
-
-def filled(page: str, content: str) -> str:
-    """The page with new content between its marks."""
-    return re.sub(r"(<!-- figures -->\n).*?(<!-- /figures -->)", lambda m: f"{m[1]}{content}\n{m[2]}", page, flags=re.S)
 
 
 def child(what: str, value: int) -> None:

@@ -17,7 +17,7 @@ from onnxcrp.condition import mask
 from onnxcrp.device import is_device_array
 from onnxcrp.errors import CompositeError, InputError, QuestionError, UnsupportedError
 from onnxcrp.inputs import check_array, check_device_array
-from onnxcrp.session import CPU, metadata, providers
+from onnxcrp.session import CPU, metadata, on_cpu, providers
 from onnxcrp.stages import Staged, split
 
 if TYPE_CHECKING:
@@ -178,7 +178,7 @@ class RelevanceModels:
     @cached_property
     def on_device(self) -> bool:
         """Whether sessions run on something else than the CPU."""
-        return self._providers()[0][0] != CPU
+        return not on_cpu(self._session_options.get("providers"))
 
     def _providers(self, *, capture: bool = False) -> list[tuple[str, dict[str, str]]]:
         """What sessions are asked to run on; raises RuntimeMissingError for what there is not."""

@@ -92,6 +92,11 @@ def providers(
     return list(chosen.values())
 
 
+def on_cpu(requested: Provider | Sequence[Provider] | None = None) -> bool:
+    """Whether the CPU is the best of the providers of a request, so that no device is waited for."""
+    return providers(requested)[0][0] == CPU
+
+
 _providers = providers  # inside Session a parameter hides the name
 
 

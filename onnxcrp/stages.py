@@ -145,11 +145,7 @@ class Staged:
     """
 
     def __init__(
-        self,
-        whole: Split,
-        outputs: Sequence[str],
-        keep: Iterable[str],
-        start: Callable[[onnx.ModelProto], Any],
+        self, whole: Split, outputs: Sequence[str], keep: Iterable[str], start: Callable[[onnx.ModelProto], Any]
     ) -> None:
         forward, factors = whole.made_by(whole.forward), whole.made_by(whole.factors)
         later = {*whole.factors.reads, *whole.messages.reads, *outputs}

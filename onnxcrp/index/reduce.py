@@ -111,8 +111,7 @@ class Reducer:
     ) -> None:
         from onnxcrp import blocked
         from onnxcrp.backward import compile
-        from onnxcrp.session import CPU, metadata
-        from onnxcrp.session import providers as chosen
+        from onnxcrp.session import metadata, on_cpu
 
         self.explainer, self.layers, self.normalize = explainer, list(layers), normalize
         self.criteria, self.aggregate, self.batch_size = tuple(criteria), tuple(aggregate), batch_size
@@ -140,7 +139,7 @@ class Reducer:
         self.target_input: str = names["target"]
         if target == "predicted":
             _predict_inside(relevance, self.target_input, self.explained)
-        self.streams, each = streams(threads) if chosen(providers)[0][0] == CPU else (ON_DEVICE, threads)
+        self.streams, each = streams(threads) if on_cpu(providers) else (ON_DEVICE, threads)
         self.session = start(relevance, threads=each)
         self.forward = None
         if self.most > 1 and target != "all":

@@ -392,13 +392,12 @@ class Work:
 
 def batch_size(shape: Sequence[int | str | None], providers: Any) -> int:
     """Samples of a run where nobody says: enough to keep the cores busy, more would only need more memory."""
-    from onnxcrp.session import CPU
-    from onnxcrp.session import providers as chosen
+    from onnxcrp.session import on_cpu
 
     numbers = int(np.prod([size if isinstance(size, int) else 224 for size in shape[1:]]))
     low, high = BATCH_SIZES
     size = min(max(BATCH_NUMBERS // max(numbers, 1), low), high)
-    return size if chosen(providers)[0][0] == CPU else 4 * size
+    return size if on_cpu(providers) else 4 * size
 
 
 def in_order(
