@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -25,6 +25,9 @@ from onnxcrp.graph import Graph, Value, positive
 from onnxcrp.lrp import RULES, Layer
 from onnxcrp.ops import OPS, Node, Parts
 from onnxcrp.ops.registry import REGISTER, about
+
+if TYPE_CHECKING:
+    from onnxcrp.canonize.samples import Layout
 
 _TRANSPOSING = ("zero", "epsilon", "norm", "gradient")  # rules that an operator nobody registered cannot have
 REDUCTIONS = ("sum", "max", "argmax")
@@ -464,27 +467,44 @@ class _Writer:
         return bool(readers) and all(rectifies(r) and self.rules.get(r.name, ("pass",))[0] == "pass" for r in readers)
 
     # ---- layers as a user sees them: axis 0 counts samples -----------------------------------------------------
-    def _place(self, tensor: str) -> tuple[int, int]:
-        return self.facts.places.get(tensor, (0, 1)) if self.per_sample else (0, 1)
+    def _elsewhere(self, tensor: str) -> Layout | None:
+        """The layout of a tensor whose axis 0 does not count samples, if it is to be seen as if it did."""
+        if self.per_sample and tensor in self.facts.unplaced:
+            raise QuestionError(
+                f"in what order {self.layer_name(tensor)} holds its samples is not known",
+                hint="ask about a layer before or after it",
+            )
+        return self.facts.places.get(tensor) if self.per_sample else None
 
     def _seen(self, tensor: str) -> list[Any]:
         return self.facts.seen(tensor) if self.per_sample else dims(self.facts.tensors[tensor])
 
     def _outward(self, tensor: str, value: Value) -> Value:
-        """[B k, ...] -> [B, k, ...], [3, B, ...] -> [B, 3, ...]."""
-        op, (axis, each), rank = self.op, self._place(tensor), len(dims(self.facts.tensors[tensor]))
-        if axis:
-            value = op.Transpose(value, perm=[axis, *(i for i in range(rank) if i != axis)])
-        return op.Reshape(value, op.Concat([-1, each], op.shape(value, 1), axis=0)) if each > 1 else value
+        """[N k, ...] -> [N, k, ...], [3, N, ...] -> [N, 3, ...], [T N, ...] -> [N, T, ...]."""
+        layout = self._elsewhere(tensor)
+        if layout is None:
+            return value
+        parts = layout.parted
+        at = parts.index(-1)
+        value = self.op.Reshape(value, parts)
+        value = self.op.Transpose(value, perm=[at, *(axis for axis in range(len(parts)) if axis != at)])
+        return self.op.Reshape(value, [0, *layout.rest])
 
     def _inward(self, tensor: str, value: Value) -> Value:
-        """The inverse for what is fed, which may be 1 along any axis."""
-        op, (axis, each), rank = self.op, self._place(tensor), len(dims(self.facts.tensors[tensor]))
-        if each > 1:
-            samples = op.Div(op.shape(op.value(self.tensor[tensor]), axis, axis + 1), [each])
-            value = op.Expand(value, op.Concat(samples, [each, *[1] * (rank - 1)], axis=0))
-            value = op.Reshape(value, op.Concat([-1], op.shape(value, 2), axis=0))
-        return op.Transpose(value, perm=[*range(1, axis + 1), 0, *range(axis + 1, rank)]) if axis else value
+        """The inverse for what is fed, which may be 1 along any axis; that of samples stays 1 if it is theirs alone."""
+        layout = self._elsewhere(tensor)
+        if layout is None:
+            return value
+        op, parts = self.op, layout.parted
+        at = parts.index(-1)
+        axis, outer, inner = layout.place
+        samples = op.as_value([1])
+        if outer * inner > 1:
+            samples = op.Div(op.shape(op.value(self.tensor[tensor]), axis, axis + 1), [outer * inner])
+        value = op.Expand(value, op.Concat(samples, layout.rest, axis=0))
+        value = op.Reshape(value, [-1, *parts[:at], *parts[at + 1 :]])
+        value = op.Transpose(value, perm=[*range(1, at + 1), 0, *range(at + 1, len(parts))])
+        return op.Reshape(value, [*layout.sizes[:axis], -1, *layout.sizes[axis + 1 :]])
 
     # ---- small things ------------------------------------------------------------------------------------------
     def _size(self, tensor: str) -> Value:

@@ -7,8 +7,6 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnx
-import onnx.shape_inference
 import onnx_graphsurgeon as gs
 
 from onnxcrp.errors import CompositeError, QuestionError, UnsupportedError
@@ -18,9 +16,9 @@ from onnxcrp.ops.registry import about
 
 if TYPE_CHECKING:
     from onnxcrp.canonize import Canonical
+    from onnxcrp.canonize.samples import Layout, Shapes
     from onnxcrp.names import Names
 
-BATCHES = (7, 11)  # two sizes of the batch to compare shapes for
 LINEAR_FAMILIES = ("convolution", "dense")
 
 # What a model may do to its input before the first layer without ceasing to be an affine map of pixels.
@@ -308,62 +306,43 @@ class Facts:
         return not self.batch_breaks
 
     @cached_property
-    def places(self) -> dict[str, tuple[int, int]]:
-        """Where samples are in tensors whose axis 0 does not count them: (axis, how many of its entries each has).
+    def places(self) -> dict[str, Layout]:
+        """Where samples are in the tensors that do not have them on axis 0 alone."""
+        from onnxcrp.canonize.samples import FIRST, places
 
-        Windows and merged rows are [B * k, ...], entries of a sample side by side; attention may have [3, B, ...].
-        Found by inferring shapes for two sizes of the batch; a tensor of which that tells nothing is left out.
-        """
         if not self.batch_breaks or self.canonical.batch == "fixed":
             return {}
-        small, large = BATCHES
-        few, many = self._two_batches
-        found = {}
-        for name in self.data & few.keys() & many.keys():
-            differ = [(i, a, b) for i, (a, b) in enumerate(zip(few[name], many[name], strict=False)) if a != b]
-            if len(differ) == 1:
-                ((axis, a, b),) = differ
-                if a and b and a % small == 0 and a // small == b / large and (axis, a) != (0, small):
-                    found[name] = (axis, a // small)
-        return found
+        known = places(self.graph, self._two_batches)
+        return {name: layout for name, layout in known.items() if layout.place != FIRST and name in self.data}
 
     @cached_property
-    def _two_batches(self) -> list[dict[str, list[int | None]]]:
+    def unplaced(self) -> set[str]:
+        """Tensors that grow with the batch along another axis than 0, or by more than 1, nobody knows in what order."""
+        from onnxcrp.canonize.samples import grown
+
+        if not self.batch_breaks or self.canonical.batch == "fixed":
+            return set()
+        found = grown(self._two_batches)
+        elsewhere = {name for name, (axis, sizes) in found.items() if axis or sizes[axis] > 1}
+        return (elsewhere & self.data) - self.places.keys()
+
+    @cached_property
+    def _two_batches(self) -> tuple[Shapes, Shapes]:
         """Shapes of all tensors for two sizes of the batch, as far as onnx can tell."""
-        return [self._shapes_for(size) for size in BATCHES]
+        from onnxcrp.canonize.samples import two_batches
 
-    def _shapes_for(self, batch: int) -> dict[str, list[int | None]]:
-        """Shapes of all tensors if there were `batch` samples, as far as onnx can tell."""
-        from onnxcrp.canonize.load import BIG
-        from onnxcrp.canonize.shapes import described
-        from onnxcrp.canonize.write import write
-
-        model = write(self.graph, largest=BIG, claims=False)
-        ports = {tensor.name: tensor.shape for tensor in self.graph.inputs}
-        for port in model.graph.input:
-            if port.name in ports and ports[port.name] and not isinstance(ports[port.name][0], int):
-                port.type.tensor_type.shape.dim[0].dim_value = batch
-        del model.graph.value_info[:]
-        try:
-            model = onnx.shape_inference.infer_shapes(model, data_prop=True)
-        except Exception:  # onnx raises several kinds, and nothing is wrong where it cannot tell
-            return {}
-        found = described((*model.graph.value_info, *model.graph.output))
-        return {name: each.sizes for name, each in found.items()}
+        return two_batches(self.graph)
 
     def seen(self, name: str) -> list[Any]:
-        """Dimensions of a tensor as a mask, record or seed has them: [batch, ...], and [batch, k, ...] if merged."""
-        shape = dims(self.tensors[name])
-        if name not in self.places:
-            return shape
-        axis, each = self.places[name]
-        rest = [*shape[:axis], *shape[axis + 1 :]]
-        return [None, *([each] if each > 1 else []), *rest]
+        """Dimensions of a tensor as a mask, record or seed has them: [N, ...], samples first."""
+        return [None, *self.places[name].rest] if name in self.places else dims(self.tensors[name])
 
     def seen_axis(self, name: str, axis: int) -> int:
         """An axis of a tensor, counted as in `seen`."""
-        place, each = self.places.get(name, (0, 1))
-        return (axis + 1 if axis < place else axis if axis != place else 0) + (each > 1 and axis != place)
+        if name not in self.places:
+            return axis
+        layout = self.places[name]
+        return 0 if axis == layout.place.axis else layout.axes[axis][0]
 
     def _breaks_batch(self, node: gs.Node) -> str | None:
         data = self.carries(node)
@@ -420,6 +399,8 @@ class Facts:
         if all(isinstance(d, int) for side in rest for d in side):
             return None if np.prod(rest[0]) == np.prod(rest[1]) else "merges axis 0 with others"
         if self.canonical.batch != "fixed":  # axis 0 has the size of the batch on both sides, whatever that is
+            from onnxcrp.canonize.samples import BATCHES
+
             shapes = zip(self._two_batches, BATCHES, strict=True)
             if all((known.get(t.name) or [0])[0] == size for known, size in shapes for t in (source, result)):
                 return None

@@ -554,7 +554,7 @@ def test_layers_whose_axis_0_does_not_count_samples(exporter: str, encoders: Any
     explainer = encoders["gpt_merged", exporter][1]
     net, _ = encoders["gpt_merged", exporter]
     feeds, target = question(net, "gpt_merged", batch=3)
-    assert not explainer.facts.shares_forward
+    assert explainer.facts.shares_forward  # the canonical form has samples first
     layers = {layer.name: layer for layer in explainer.layers}
     up, moved = "blocks.0.up", "blocks.0.attention.Transpose"
     assert layers[up].shape[1:] == (6, 48)

@@ -231,24 +231,24 @@ def test_warnings_and_errors(shapes):
 
 
 def test_where_there_is_no_forward_pass_to_keep():
-    """Rows of two samples are merged and parted again: axis 0 is no batch in between."""
+    """Frames of two samples are merged for a convolution and parted again: axis 0 is no batch in between."""
     nodes = [
-        helper.make_node("Reshape", ["x", "rows"], ["merged"]),
-        helper.make_node("Gemm", ["merged", "fc.weight"], ["z"]),
+        helper.make_node("Reshape", ["x", "frames"], ["merged"]),
+        helper.make_node("Conv", ["merged", "conv.weight"], ["z"]),
         helper.make_node("Reshape", ["z", "samples"], ["y"]),
     ]
     weights = {
-        "rows": np.array([-1, 3]),
-        "samples": np.array([-1, 8]),
-        "fc.weight": np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32),
+        "frames": np.array([-1, 3, 4, 4]),
+        "samples": np.array([-1, 10]),
+        "conv.weight": np.random.default_rng(0).normal(size=(5, 3, 4, 4)).astype(np.float32),
     }
     graph = helper.make_graph(
         nodes,
-        "rows",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 2, 3])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 8])],
+        "frames",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 2, 3, 4, 4])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 10])],
         [numpy_helper.from_array(array, name) for name, array in weights.items()],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
     with pytest.raises(QuestionError, match="no forward pass can be kept"):
-        Explainer(model, "epsilon").at(np.ones((1, 2, 3), np.float32))
+        Explainer(model, "epsilon").at(np.ones((1, 2, 3, 4, 4), np.float32))

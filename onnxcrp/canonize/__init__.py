@@ -31,7 +31,9 @@ from onnxcrp.canonize.qlinear import dequantize_operators
 from onnxcrp.canonize.quantize import keep_quantization
 from onnxcrp.canonize.recurrent import is_recurrent, unroll_recurrent
 from onnxcrp.canonize.report import PassReport
+from onnxcrp.canonize.samples_first import samples_first
 from onnxcrp.canonize.shapes import infer_shapes
+from onnxcrp.canonize.strided import gather_in_samples
 from onnxcrp.canonize.write import write as to_model
 from onnxcrp.ops.registry import key_of
 from onnxcrp.plugins import discover
@@ -117,6 +119,12 @@ def _canonical(source: Source, free_batch: bool) -> Canonical:
         if node.domain not in ("", None, DOMAIN) and "::" not in node.op:
             node.op = key_of(node.op, node.domain)
     infer_shapes(graph)
+    reports += _fold(graph)
+    for step in (gather_in_samples, samples_first):
+        reports.append(step(graph))
+        if reports[-1].done:
+            infer_shapes(graph)
+            reports += _fold(graph)
     names = {node.name for node in graph.nodes}
     return Canonical(
         graph=graph,
@@ -130,6 +138,15 @@ def _canonical(source: Source, free_batch: bool) -> Canonical:
         sources={n.name: source.ops[n.name] for n in graph.nodes if n.op in RENAMED and source.ops.get(n.name)},
         metadata=source.metadata,
     )
+
+
+def _fold(graph: gs.Graph) -> list[PassReport]:
+    """Fold constants until inference tells no further sizes."""
+    reports = []
+    while (report := fold_constants(graph)).done:
+        reports.append(report)
+        infer_shapes(graph)
+    return reports
 
 
 def _is_dynamic(graph: gs.Graph) -> bool:

@@ -1,0 +1,288 @@
+"""Move samples to axis 0 where a model has them elsewhere: [T, N, C] -> [N, T, C], [N k, C] -> [N, k, C].
+
+torch's MultiheadAttention is exported with time first, its heads merged into the batch and its rows into [T N, C];
+windows of Swin become [N k, T, C]. With samples on axis 0 throughout, all conditions on a sample share one forward
+pass. Numbers stay the same: axes are renumbered, every operator computes what it did.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from math import prod
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from onnxcrp.canonize.build import Declined
+from onnxcrp.canonize.edit import Names, describe, given, insert, pinned, prune, set_input, set_inputs, value
+from onnxcrp.canonize.report import PassReport
+from onnxcrp.canonize.samples import (
+    FIRST,
+    Layout,
+    axis_of,
+    broadcasts,
+    grown,
+    places,
+    reduced,
+    two_batches,
+)
+
+Edit = Callable[[], None]
+
+
+def samples_first(graph: gs.Graph) -> PassReport:
+    """Renumber axes so that samples are on axis 0 of every tensor, of all or of none.
+
+    `graph` has its shapes inferred and its constants folded. It is left as it was, and the report says why, where one
+    operator cannot be renumbered, e.g. a convolution over [N k, C, H, W].
+    """
+    report = PassReport("samples first")
+    if not any(map(_may_move, graph.nodes)):
+        return report
+    shapes = two_batches(graph)
+    mover = _Mover(graph, places(graph, shapes), set(grown(shapes)))
+    if not mover.moved:
+        return report
+    try:
+        edits = [mover.edit(node) for node in graph.nodes if mover.touches(node)]
+        mover.check_ends()
+    except Declined as reason:
+        report.declined.append(f"samples stay where they are: {reason}")
+        return report
+    for edit in edits:
+        edit()
+    mover.finish()
+    report.done.append(f"samples come first in {len(mover.moved)} tensors that had them elsewhere")
+    return report
+
+
+def _may_move(node: gs.Node) -> bool:
+    """Whether a node may take samples from axis 0, as far as it can be told without two inferences."""
+    if node.op == "Transpose":
+        perm = node.attrs.get("perm")
+        return not perm or perm[0] != 0
+    if node.op != "Reshape":
+        return False
+    shape, before, after = value(node, 1), node.inputs[0].shape, node.outputs[0].shape
+    if shape is not None and shape.size and shape.reshape(-1)[0] == 0 and not node.attrs.get("allowzero"):
+        return False
+    sides = [side[1:] if side else [None] for side in (before, after)]
+    known = all(isinstance(size, int) for side in sides for size in side)
+    return not known or prod(sides[0]) != prod(sides[1])
+
+
+class _Mover:
+    """What becomes of each node, found before anything is changed."""
+
+    def __init__(self, graph: gs.Graph, known: Mapping[str, Layout], grown: set[str]) -> None:
+        self.graph, self.known, self.grown = graph, known, grown
+        self.moved = {name: layout for name, layout in known.items() if layout.place != FIRST}
+        self.names = Names(graph)
+        self.new: dict[int, tuple[list[gs.Node], list[gs.Node]]] = {}
+
+    def touches(self, node: gs.Node) -> bool:
+        return any(tensor.name in self.moved for tensor in (*node.inputs, *node.outputs))
+
+    def check_ends(self) -> None:
+        for name in sorted({*pinned(self.graph), *(tensor.name for tensor in self.graph.inputs)} & set(self.moved)):
+            raise Declined(f"{name} is an input or output, or a subgraph reads it")
+
+    def finish(self) -> None:
+        for node in self.graph.nodes:
+            for tensor in node.outputs:
+                if tensor.name in self.moved:
+                    tensor.shape = [None, *self.moved[tensor.name].rest]
+        insert(self.graph, self.new)
+        prune(self.graph)
+
+    def edit(self, node: gs.Node) -> Edit:
+        """How the axes of a node are renumbered; raises Declined."""
+        lost = [t.name for t in node.inputs if t.name in self.grown - self.known.keys()]
+        if node.op != "Shape":
+            lost += [t.name for t in node.outputs if t.name not in self.known]
+        if lost:
+            raise Declined(f"{describe(node)}: where samples are in {lost[0]} is not known")
+        if broadcasts(node):
+            return self._broadcast(node)
+        if node.op not in _EDITS:
+            raise Declined(f"{describe(node)} takes its axes by their numbers")
+        return _EDITS[node.op](self, node)
+
+    def _layout(self, node: gs.Node, index: int = 0) -> Layout:
+        tensor = node.inputs[index]
+        if tensor.name not in self.known:
+            raise Declined(f"{describe(node)}: {tensor.name} is the same for all samples")
+        return self.known[tensor.name]
+
+    def _ints(self, node: gs.Node, index: int, values: list[int]) -> Edit:
+        """Input `index` becomes a constant."""
+        constant = gs.Constant(self.names.fresh(f"{node.name}/moved"), np.array(values, np.int64))
+        return lambda: set_input(node, index, constant)
+
+    def _axis(self, node: gs.Node) -> Edit:
+        """The attribute `axis`, which must not be that of samples."""
+        layout = self._layout(node)
+        axis = axis_of(node, len(layout.sizes))
+        if axis == layout.place.axis:
+            raise Declined(f"{describe(node)} works along the axis of samples")
+        return lambda: node.attrs.update(axis=layout.axes[axis][0])
+
+    # ---- rearrangements --------------------------------------------------------------------------------------------
+    def _transpose(self, node: gs.Node) -> Edit:
+        layout = self._layout(node)
+        order = node.attrs.get("perm") or list(range(len(layout.sizes)))[::-1]
+        perm = [0, *(axis for old in order for axis in layout.axes[old])]
+        return lambda: node.attrs.update(perm=perm)
+
+    def _reshape(self, node: gs.Node) -> Edit:
+        """Reshape, Flatten: the entries of a sample keep their order."""
+        self._layout(node)
+        after = self.known[node.outputs[0].name]
+        shape = gs.Constant(self.names.fresh(f"{node.name}/moved"), np.array([0, *after.rest], np.int64))
+
+        def edit() -> None:
+            node.op, node.attrs = "Reshape", {}
+            set_inputs(node, [node.inputs[0], shape])
+
+        return edit
+
+    def _squeeze(self, node: gs.Node) -> Edit:
+        """Squeeze, Unsqueeze: axes of size 1 are gone from the input, or new in the output."""
+        layout = self._layout(node) if node.op == "Squeeze" else self.known[node.outputs[0].name]
+        axes = value(node, 1)
+        if axes is None:
+            raise Declined(f"{describe(node)} does not name its axes")
+        old = [int(axis) % len(layout.sizes) for axis in axes.reshape(-1)]
+        return self._ints(node, 1, [new for axis in old for new in layout.axes[axis]])
+
+    def _slice(self, node: gs.Node) -> Edit:
+        layout, axes = self._layout(node), value(node, 3)
+        if axes is None:
+            raise Declined(f"{describe(node)} does not name its axes")
+        old = [int(axis) % len(layout.sizes) for axis in axes.reshape(-1)]
+        if layout.place.axis in old:
+            raise Declined(f"{describe(node)} cuts the axis of samples")
+        return self._ints(node, 3, [layout.axes[axis][0] for axis in old])
+
+    def _concat(self, node: gs.Node) -> Edit:
+        for index in range(len(node.inputs)):
+            self._layout(node, index)
+        return self._axis(node)
+
+    def _expand(self, node: gs.Node) -> Edit:
+        layout, target = self._layout(node), self.known[node.outputs[0].name]
+        if len(layout.sizes) != len(target.sizes):
+            raise Declined(f"{describe(node)} adds axes before those of its input")
+        return self._ints(node, 1, [1, *target.rest])
+
+    def _shape(self, node: gs.Node) -> Edit:
+        """The sizes the tensor had: those that all samples have in common, and N times outer and inner."""
+        layout, name = self._layout(node), node.name
+        entries = list(enumerate(layout.sizes))[slice(node.attrs.get("start", 0), node.attrs.get("end"))]
+
+        def edit() -> None:
+            made: list[gs.Node] = []
+
+            def write(op: str, inputs: list[gs.Tensor], **attrs: int) -> gs.Tensor:
+                out = gs.Variable(self.names.fresh(f"{name}/{op}_output"), np.dtype(np.int64), [1])
+                made.append(gs.Node(op, self.names.fresh(f"{name}/{op}"), attrs, inputs, [out]))
+                return out
+
+            def number(size: int) -> gs.Constant:
+                return gs.Constant(self.names.fresh(f"{name}/size"), np.array([size], np.int64))
+
+            parts: list[gs.Tensor] = []
+            for axis, size in entries:
+                if axis != layout.place.axis:
+                    parts.append(number(size))
+                    continue
+                samples = write("Shape", [node.inputs[0]], start=0, end=1)
+                parts.append(write("Mul", [samples, number(size)]) if size > 1 else samples)
+            node.op, node.attrs = "Concat", {"axis": 0}
+            set_inputs(node, parts)
+            self.new[id(node)] = (made, [])
+
+        return edit
+
+    # ---- what computes ---------------------------------------------------------------------------------------------
+    def _broadcast(self, node: gs.Node) -> Edit:
+        out = self.known[node.outputs[0].name]
+        rank, at = len(out.sizes), out.place.axis
+        constants: dict[int, gs.Constant] = {}
+        for index, tensor in enumerate(node.inputs):
+            if tensor.is_empty():
+                continue
+            if tensor.name in self.known:
+                if len(self.known[tensor.name].sizes) != rank:
+                    raise Declined(f"{describe(node)}: its operands differ in rank")
+                continue
+            if tensor.shape is None:
+                raise Declined(f"{describe(node)}: the rank of {tensor.name} is not known")
+            there = len(tensor.shape) - (rank - at)  # which axis of the operand is broadcast over samples
+            if there < 0:
+                continue
+            if not isinstance(tensor, gs.Constant) or tensor.shape[there] != 1:
+                raise Declined(f"{describe(node)}: {tensor.name} has an axis beside samples")
+            shape = [*tensor.shape[:there], *[1] * len(out.axes[at]), *tensor.shape[there + 1 :]]
+            constants[index] = gs.Constant(self.names.fresh(f"{node.name}/moved"), tensor.values.reshape(shape))
+
+        def edit() -> None:
+            for index, constant in constants.items():
+                set_input(node, index, constant)
+
+        return edit
+
+    def _linear(self, node: gs.Node) -> Edit:
+        layout = self._layout(node)
+        if layout.place.axis == len(layout.sizes) - 1:
+            raise Declined(f"{describe(node)} works along the axis of samples")
+        return lambda: None
+
+    def _matmul(self, node: gs.Node) -> Edit:
+        """Samples on an axis before the matrices, or among the rows of the left one where the right one is all."""
+        left, right = (self.known.get(tensor.name) for tensor in node.inputs)
+        out = self.known[node.outputs[0].name]
+        before_matrices = out.place.axis < len(out.sizes) - 2
+        ranks = [len(tensor.shape or ()) for tensor in node.inputs]
+        if left and right:
+            fits = before_matrices and ranks == [len(out.sizes)] * 2
+        elif left:
+            fits = ranks[1] == 2 and left.place.axis < ranks[0] - 1
+        else:
+            fits = ranks[0] == 2 and before_matrices
+        if not fits:
+            raise Declined(f"{describe(node)}: samples are among the entries of its matrices")
+        return lambda: None
+
+    def _layernorm(self, node: gs.Node) -> Edit:
+        layout = self._layout(node)
+        axis, rank = axis_of(node, len(layout.sizes)), len(layout.sizes)
+        if axis <= layout.place.axis:
+            raise Declined(f"{describe(node)} works along the axis of samples")
+        return lambda: node.attrs.update(axis=axis - rank)
+
+    def _reduce(self, node: gs.Node) -> Edit:
+        layout = self._layout(node)
+        axes = reduced(node, len(layout.sizes))
+        if axes is None or layout.place.axis in axes or not given(node, 1):
+            raise Declined(f"{describe(node)} works along the axis of samples")
+        return self._ints(node, 1, [new for axis in axes for new in layout.axes[axis]])
+
+
+_EDITS: dict[str, Callable[[_Mover, gs.Node], Edit]] = {
+    "Transpose": _Mover._transpose,
+    **dict.fromkeys(["Reshape", "Flatten"], _Mover._reshape),
+    **dict.fromkeys(["Squeeze", "Unsqueeze"], _Mover._squeeze),
+    **dict.fromkeys(["Gather", "Split", "Softmax", "LogSoftmax", "Hardmax"], _Mover._axis),
+    "Concat": _Mover._concat,
+    "Slice": _Mover._slice,
+    "Expand": _Mover._expand,
+    "Shape": _Mover._shape,
+    "Linear": _Mover._linear,
+    "MatMul": _Mover._matmul,
+    "LayerNormalization": _Mover._layernorm,
+    **dict.fromkeys(
+        ["ReduceSum", "ReduceMean", "ReduceMax", "ReduceMin", "ReduceL1", "ReduceL2", "ReduceProd", "ReduceSumSquare"],
+        _Mover._reduce,
+    ),
+}
