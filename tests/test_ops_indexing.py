@@ -56,6 +56,11 @@ def unique(batch: int, count: int, below: int, *after: int) -> np.ndarray:
     return np.moveaxis(np.array(rows).reshape(batch, *after, count), -1, 1)
 
 
+def between_steps(*shape: int) -> np.ndarray:
+    """Numbers at least 0.1 away from the next integer."""
+    return (DRAW.integers(-3, 3, shape) + DRAW.uniform(0.1, 0.9, shape)).astype(np.float32)
+
+
 CASES = [
     Case("TopK", lambda n: [w(n, 3, 7), np.array([4])], {"axis": -1}, fixed=[1], outputs=2, h=1e-4),
     Case("TopK", lambda n: [w(n, 6, 3), np.array([2])], {"axis": 1, "largest": 0}, fixed=[1], outputs=2, h=1e-4),
@@ -96,7 +101,7 @@ CASES = [
     Case("DFT", lambda n: [w(n, 7, 1), np.array(7), np.array(1)], {"onesided": 1}, fixed=[1, 2]),
     Case("DFT", lambda n: [w(n, 6, 3, 2), np.array(6), np.array(1)], {"inverse": 1}, fixed=[1, 2]),
     Case("CastLike", lambda n: [w(n, 3), w(1)], fixed=[1]),
-    Case("Mod", lambda n: [w(n, 30), np.float32(0.7)], {"fmod": 1}, fixed=[1], h=1e-5),
+    Case("Mod", lambda n: [between_steps(n, 30) * np.float32(0.7), np.float32(0.7)], {"fmod": 1}, fixed=[1], h=1e-5),
 ]
 
 
