@@ -283,10 +283,15 @@ class _Writer:
         op, facts = self.op, self.facts
         if not self.started:
             explained = self._float(facts.explained)
-            target = self._add_input(self.target or "target", dims(facts.tensors[facts.explained]))
+            explained_dims = dims(facts.tensors[facts.explained])
+            target = self._add_input(self.target or "target", explained_dims)
             with op.scope("R", "seed"):
                 how = self.composite.seed
-                R = target if how == "one" else target * (op.Abs(explained) if how == "abs" else explained)
+                if how == "one":  # a message has the batch of the forward pass or more
+                    samples = op.shape(explained, 0, 1)
+                    R = op.Expand(target, op.Concat(samples, [1] * (len(explained_dims) - 1), axis=0))
+                else:
+                    R = target * (op.Abs(explained) if how == "abs" else explained)
             self.messages[facts.explained] = [R]
             self.vanishing[facts.explained] = how != "one"
             return [facts.explained]
@@ -300,8 +305,8 @@ class _Writer:
                     seed = seed * (positive(z) if facts.only_relu(tensor) else z)
                 self.vanishing[tensor] = True
             else:
-                with op.scope("R", "seed", self.layer_name(tensor)):  # transposes want the layer's full size
-                    seed = op.Expand(seed, self._size(tensor))
+                with op.scope("R", "seed", self.layer_name(tensor)):  # transposes want the full size and batch
+                    seed = op.Expand(seed, op.shape(op.value(self.tensor[tensor])))
                 self.vanishing[tensor] = False
             self.messages.setdefault(tensor, []).append(seed)
         return list(self.started)
@@ -507,13 +512,6 @@ class _Writer:
         return op.Reshape(value, [*layout.sizes[:axis], -1, *layout.sizes[axis + 1 :]])
 
     # ---- small things ------------------------------------------------------------------------------------------
-    def _size(self, tensor: str) -> Value:
-        """[1, C, ...]: the shape of a tensor with 1 for axis 0."""
-        rest = dims(self.facts.tensors[tensor])[1:]
-        if all(isinstance(size, int) for size in rest):
-            return self.op.as_value([1, *rest])
-        return self.op.Concat([1], self.op.shape(self.op.value(self.tensor[tensor]), 1), axis=0)
-
     def _float(self, name: str) -> Value:
         tensor = self.tensor[name]
         value = self.op.value(tensor, nonnegative=name in self.facts.nonnegative)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -132,8 +133,12 @@ class Run:
         wanted = [*program.relevance.values(), *(rest.values() if new else ())]
         found = self._ask(program, feeds, list(dict.fromkeys(wanted)), rows)
         lead = (self.batch, len(asked.questions)) if asked.many else (self.batch,)
+        whole = len(pairs) == prod(lead) and (self.batch == 1 or not asked.many)  # all there is, in its order
         for name, output in program.relevance.items():
             R = found[output]
+            if whole and len(R) == len(pairs):
+                self._relevance[name] = R.reshape(*lead, *R.shape[1:])
+                continue
             if name not in self._relevance:
                 self._relevance[name] = np.empty((*lead, *R.shape[1:]), R.dtype)
             place = (rows, numbers) if asked.many else (rows,)
@@ -156,7 +161,8 @@ class Run:
         return rest | {"explained": program.explained}
 
     def _keep(self, name: str, array: np.ndarray, rows: Sequence[int]) -> None:
-        if array.ndim == 0 or len(array) not in (1, len(rows), self.models.fixed):  # an output without a batch axis
+        without_batch = array.ndim == 0 or len(array) not in (1, len(rows), self.models.fixed)
+        if without_batch or (len(array) == self.batch and len({*rows}) == self.batch):
             self._rest[name], self._filled[name] = array, np.ones(self.batch, bool)
             return
         if name not in self._rest:

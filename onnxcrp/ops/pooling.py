@@ -81,25 +81,36 @@ def average_pool(op: Graph, node: Node, s: Value) -> Value:
 def max_pool(op: Graph, node: Node, s: Value) -> Value:
     """s [N, C, h...] -> [N, C, H...]: all to the window's maximum, the first one on ties; overlapping windows add up.
 
-    The Indices of ONNX count through the whole tensor, so for sample n they are n C H W too large.
+    The Indices of ONNX count through the whole tensor: those of channel c of sample n are (n C + c) H W too large.
     """
-    a = node.input(0)
     attrs = dict(node.attrs)
     attrs.pop("storage_order", None)
     if _tiles(node):
-        return copied(op, s, attrs["kernel_shape"]) * _winners_of_tiles(op, node, a, attrs)
-    indices = op.node("MaxPool", [a], attrs, outputs=2)[1]
-    sizes = [size for size in node.dims(0)[1:] if size is not None]
-    known = len(sizes) == node.rank(0) - 1
-    size = op.as_value([int(np.prod(sizes))]) if known else op.ReduceProd(node.size(0, 1), keepdims=1)
-    # a message that does not depend on the sample (a seed of ones) has batch 1 where the winners have more
-    batch = op.Max(op.shape(s, 0, 1), op.shape(a, 0, 1))
-    rows = op.Concat(batch, [1], axis=0)
-    flat = op.Expand(op.Flatten(s, axis=1), rows)
-    places = op.Expand(op.Flatten(op.Mod(indices, size), axis=1), rows)
-    zeros = op.Expand(0.0, op.Concat(batch, size, axis=0))
-    scattered = op.ScatterElements(zeros, places, flat, axis=1, reduction="add")
-    return op.Reshape(scattered, node.full_size(0))
+        return copied(op, s, attrs["kernel_shape"]) * _winners_of_tiles(op, node, node.input(0), attrs)
+    field = [size for size in node.dims(0)[2:] if size is not None]
+    known = len(field) == node.rank(0) - 2
+    size = op.as_value([int(np.prod(field))]) if known else op.ReduceProd(node.size(0, 2), keepdims=1)
+    places = op.Mod(_indices(op, node, attrs), size)
+    if node.rank(0) > 3:
+        s, places = op.Reshape(s, [0, 0, -1]), op.Reshape(places, [0, 0, -1])
+    batch = op.shape(s, 0, 1)
+    zeros = op.Expand(0.0, op.Concat(batch, node.size(0, 1, 2), size, axis=0))
+    places = op.Expand(places, op.Concat(batch, [1, 1], axis=0))
+    scattered = op.ScatterElements(zeros, places, s, axis=2, reduction="add")
+    return op.Reshape(scattered, node.full_size(0)) if node.rank(0) > 3 else scattered
+
+
+def _indices(op: Graph, node: Node, attrs: dict[str, Any]) -> Value:
+    """Which entry of its input each window takes: from the forward pass itself, where that costs nothing there.
+
+    Pools over [N, C, H, W] run in the runtime's blocked layout on the CPU only as long as nobody asks them for Indices.
+    """
+    pool = next(iter(node.output().tensor.inputs), None)
+    if node.rank(0) == 4 or pool is None or pool.op != "MaxPool" or node.attrs.get("storage_order", 0):
+        return op.node("MaxPool", [node.input(0)], attrs, outputs=2)[1]
+    if len(pool.outputs) == 1:
+        pool.outputs.append(gs.Variable(op.unique("Indices"), np.dtype(np.int64)))
+    return op.value(pool.outputs[1])
 
 
 def _tiles(node: Node) -> bool:
