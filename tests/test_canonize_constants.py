@@ -287,3 +287,51 @@ def test_control_flow_is_left_alone():
     )
     canonical = canonize(model)
     assert ops(canonical) == ["Identity", "If"]
+
+
+EXPAND = """net (float[{sizes}] x) => (float[] y) {{
+    s = Shape<start=0, end=1>(x)  t = Concat<axis=0>(s, rest)  kept = Equal(t, minus)
+    u = Where(kept, ones, t)  e = Expand(x, u)  y = Relu(e) }}"""
+
+
+@pytest.mark.parametrize(
+    ("sizes", "rest", "expected"),
+    [
+        ("N,1,5", [4, -1], [1, 4, 1]),  # x.expand(-1, 4, -1)
+        ("N,1,5", [4, 5], [1, 4, 5]),
+        ("N,2,1,5", [-1, 4, -1], [1, 1, 4, 1]),
+    ],
+)
+def test_a_tensor_expanded_to_its_own_batch(sizes, rest, expected):
+    """As torch writes `expand`: entries of -1 become 1."""
+    count = len(rest) + 1
+    model = parse(
+        EXPAND.format(sizes=sizes), rest=np.array(rest), minus=np.full(count, -1), ones=np.ones(count, np.int64)
+    )
+    canonical = check(model, size=3)
+    assert ops(canonical) == ["Expand", "Relu"]
+    assert canonical.graph.nodes[0].inputs[1].values.tolist() == expected
+
+
+def test_a_constant_expanded_to_the_batch_stays_computed():
+    """Nothing in the constant has the size of the batch."""
+    model = parse(
+        """net (float[N,1,5] x) => (float[] y) { s = Shape<start=0, end=1>(x)  t = Concat<axis=0>(s, rest)
+            e = Expand(token, t)  y = Concat<axis=1>(e, x) }""",
+        rest=np.array([1, 5]), token=random(1, 1, 5),
+    )  # fmt: skip
+    assert ops(check(model, size=3)) == ["Shape", "Concat", "Expand", "Concat"]
+
+
+def test_sizes_may_be_compared_with_each_other():
+    """Equal and Where on sizes of which one has a name: what is certain is computed, what is not stays."""
+    model = parse(
+        """net (float[N,4,5] x) => (float[] y, int64[] z) {
+            s = Shape(x)  same = Equal(s, s)  u = Where(same, s, five)  y = Reshape(x, u)
+            first = Shape<start=0, end=1>(x)  maybe = Equal(first, one)  z = Where(maybe, five, one) }""",
+        five=np.array([5]), one=np.array([1]),
+    )  # fmt: skip
+    canonical = check(model, size=3)
+    assert ops(canonical) == ["Reshape", "Shape", "Equal", "Where"]
+    for size in (1, 2):
+        check(model, size=size)

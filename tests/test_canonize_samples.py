@@ -223,7 +223,7 @@ def test_attention_with_time_first() -> None:
     canonical = check(attention())
     facts = Facts(canonical)
     assert facts.shares_forward
-    assert "17 tensors" in said(canonical, "samples first", "done")
+    assert "17 tensors from Transpose 't' to Transpose 'b'" in said(canonical, "samples first", "done")
     assert ops(canonical).count("Transpose") == 4  # q, k, v and o between [T, heads] and [heads, T]
     shape = {t.name: t.shape[1:] for node in canonical.graph.nodes for t in node.outputs}
     assert shape["q1"] == [5, 3, 2]
@@ -330,6 +330,32 @@ DECLINED = {
         "entries of its matrices",
     ),
 }
+
+
+def test_regions_are_moved_one_by_one() -> None:
+    """A convolution over frames keeps its region where it is, attention elsewhere in the net is moved all the same."""
+    model = parse(
+        """net (float[N,4,6] x, float[N,2,3,5] clip) => (float[N,4,6] y, float[N,2,4] z) {
+            t = Transpose<perm=[1,0,2]>(x)  q = MatMul(t, w)  r = Relu(q)  y = Transpose<perm=[1,0,2]>(r)
+            flat = Reshape(clip, merged)  h = Conv(flat, kernel)  z = Reshape(h, parted) }""",
+        w=random(6, 6), merged=np.array([-1, 3, 5]), kernel=random(4, 3, 5), parted=np.array([-1, 2, 4]),
+    )  # fmt: skip
+    canonical = check(model)
+    assert "3 tensors" in said(canonical, "samples first", "done")
+    assert "Conv" in said(canonical, "samples first")
+    assert ops(canonical) == ["Linear", "Relu", "Reshape", "Conv", "Reshape"]
+
+
+def test_regions_that_meet_later_are_one() -> None:
+    """Two transposed inputs, added in the end, the second a sum of two itself."""
+    model = parse(
+        """net (float[N,4,6] a, float[N,4,6] b, float[N,4,6] c) => (float[N,4,6] y) {
+            t = Transpose<perm=[1,0,2]>(a)  u = Transpose<perm=[1,0,2]>(b)  v = Transpose<perm=[1,0,2]>(c)
+            p = Relu(t)  q = Sigmoid(v)  r = Add(u, v)  s = Mul(p, r)  k = Sub(s, q)  y = Transpose<perm=[1,0,2]>(k) }"""
+    )
+    canonical = check(model)
+    assert "8 tensors" in said(canonical, "samples first", "done")
+    assert "Transpose" not in ops(canonical)
 
 
 @pytest.mark.parametrize("case", DECLINED)

@@ -3,10 +3,11 @@
 - A node whose inputs are all constants is replaced by its value, as the operator's reference implementation computes
   it: weights that arrive through Identity, Transpose, Reshape, Cast, DequantizeLinear; axes and sizes that are
   computed.
-- Sizes that are only partly known are followed through Shape, Gather, Slice, Concat, Unsqueeze, Squeeze, Cast and
-  integer arithmetic. Reshape(x [n, 512, 1, 1], [n, 512]) is Reshape(x, [0, 512]), 0 being "as before"; one unknown
-  entry elsewhere is -1, since x has one number of elements only. [-1, 512] is [0, 512] where the axes after the first
-  hold as many elements before and after.
+- Sizes that are only partly known are followed through Shape, Gather, Slice, Concat, Unsqueeze, Squeeze, Cast,
+  integer arithmetic, Equal and Where. Expand(x [n, 1, 8], [n, 4, 8]) is Expand(x, [1, 4, 8]). Reshape(x [n, 512, 1,
+  1], [n, 512]) is Reshape(x, [0, 512]), 0 being "as before"; one unknown entry elsewhere is -1, since x has one
+  number of elements only. [-1, 512] is [0, 512] where the axes after the first hold as many elements before and
+  after.
 - y = x for Identity, Dropout outside training, Cast to the type x has, Concat of one tensor, Pad by nothing,
   Transpose that moves nothing: y's readers read x. If y is an output of the model, x's producer writes y instead.
 """
@@ -74,7 +75,8 @@ def fold_constants(graph: gs.Graph, *, batch_unknown: bool = False) -> PassRepor
             axes = rank(node.outputs[0])
             if axes is None or axes > 1 or not all(isinstance(size, int) for size in known):
                 continue
-            values = [np.array(known if axes else known[0], _integer(node.outputs[0]))]
+            kind = np.dtype(bool) if node.op == "Equal" else _integer(node.outputs[0])
+            values = [np.array(known if axes else known[0], kind)]
         if isinstance(values, str):
             report.declined.append(f"{describe(node)}: {values}")
             continue
@@ -86,8 +88,8 @@ def fold_constants(graph: gs.Graph, *, batch_unknown: bool = False) -> PassRepor
         folded[node.op] = folded.get(node.op, 0) + 1
     report.done += [f"{count} {op} computed" for op, count in sorted(folded.items())]
     for node in graph.nodes:
-        if node.op in ("Reshape", "Resize") and node.inputs and not node.domain:
-            line = (_reshape if node.op == "Reshape" else _resize)(node, sizes, names, batch_unknown)
+        if node.op in _TO_SIZES and node.inputs and not node.domain:
+            line = _TO_SIZES[node.op](node, sizes, names, batch_unknown)
             report.done += [line] if line else []
     _drop(graph, pins, report)
     prune(graph)
@@ -169,7 +171,7 @@ def _sizes(node: gs.Node, sizes: dict[str, Sizes], batch_unknown: bool) -> Sizes
             return None
         array = value(node, index)
         if array is not None:
-            return [int(n) for n in array.ravel()] if array.dtype.kind in "iu" and array.ndim < 2 else None
+            return [int(n) for n in array.ravel()] if array.dtype.kind in "iub" and array.ndim < 2 else None
         return sizes.get(node.inputs[index].name)
 
     match node.op:
@@ -204,23 +206,47 @@ def _sizes(node: gs.Node, sizes: dict[str, Sizes], batch_unknown: bool) -> Sizes
                 return None
             start, end, *rest = [int(bound.ravel()[0]) for bound in bounds if bound is not None]
             return data[slice(start, end, rest[1] if len(rest) > 1 else 1)]
-        case "Add" | "Sub" | "Mul" | "Div":
+        case "Add" | "Sub" | "Mul" | "Div" | "Equal":
             return _arithmetic(node.op, read(0), read(1))
+        case "Where":
+            return _chosen(read(0), read(1), read(2))
     return None
 
 
 def _arithmetic(op: str, a: Sizes | None, b: Sizes | None) -> Sizes | None:
     if a is None or b is None or not (len(a) == len(b) or 1 in (len(a), len(b))):
         return None
-    length = max(len(a), len(b))
-    pairs = zip(a * (length // len(a)), b * (length // len(b)), strict=True) if a and b else []
     compute: dict[str, Callable[[int, int], int | None]] = {
         "Add": lambda x, y: x + y,
         "Sub": lambda x, y: x - y,
         "Mul": lambda x, y: x * y,
         "Div": lambda x, y: x // y if x >= 0 < y else None,
+        "Equal": lambda x, y: int(x == y),
     }
-    return [compute[op](x, y) if isinstance(x, int) and isinstance(y, int) else None for x, y in pairs]
+
+    def one(x: int | str | None, y: int | str | None) -> int | None:
+        if isinstance(x, int) and isinstance(y, int):
+            return compute[op](x, y)
+        if op != "Equal" or x is None or y is None:
+            return None
+        # a size that has a name is equal to itself and to no negative number
+        return 1 if x == y else 0 if any(isinstance(size, int) and size < 0 for size in (x, y)) else None
+
+    return [one(x, y) for x, y in zip(*_broadcast(a, b), strict=True)]
+
+
+def _chosen(which: Sizes | None, a: Sizes | None, b: Sizes | None) -> Sizes | None:
+    """Where: entries of a or b, as far as the choice is known."""
+    if which is None or a is None or b is None or len({len(which), len(a), len(b)} - {1}) > 1:
+        return None
+    choices = zip(*_broadcast(which, a, b), strict=True)
+    return [{1: x, 0: y}.get(w) if isinstance(w, int) else None for w, x, y in choices]
+
+
+def _broadcast(*lists: Sizes) -> list[Sizes]:
+    """Lists of one entry as long as the others."""
+    length = 0 if any(not each for each in lists) else max(map(len, lists))
+    return [each * length if len(each) == 1 else each for each in lists]
 
 
 def _named(tensor: gs.Tensor, batch_unknown: bool) -> Sizes | None:
@@ -259,6 +285,19 @@ def _reshape(node: gs.Node, sizes: dict[str, Sizes], names: Names, batch_unknown
     return f"{describe(node)}: to {after}"
 
 
+def _expand(node: gs.Node, sizes: dict[str, Sizes], names: Names, batch_unknown: bool) -> str | None:
+    """The target with 1 for sizes that stay as they are."""
+    target, data = sizes.get(node.inputs[1].name), _named(node.inputs[0], batch_unknown)
+    if value(node, 1) is not None or not target or data is None:
+        return None
+    before: Sizes = [*[None] * (len(target) - len(data)), *data][-len(target) :]
+    after = [1 if isinstance(size, str) and size == old else size for size, old in zip(target, before, strict=True)]
+    if not all(isinstance(size, int) for size in after):
+        return None
+    set_constant(node, 1, np.array(after, np.int64), names.fresh(f"{node.name}/shape"))
+    return f"{describe(node)}: to {after}"
+
+
 def _product(sizes: Sizes) -> int | None:
     """Of sizes that are all known."""
     known = [size for size in sizes if isinstance(size, int) and size > 0]
@@ -277,6 +316,9 @@ def _resize(node: gs.Node, sizes: dict[str, Sizes], names: Names, batch_unknown:
         set_constant(node, 1, roi.reshape(2, -1)[:, 1:].ravel(), names.fresh(f"{node.name}/roi"))
     set_constant(node, 3, np.array(known[1:], np.int64), names.fresh(f"{node.name}/sizes"))
     return f"{describe(node)}: to {known[1:]}, the batch left alone"
+
+
+_TO_SIZES = {"Reshape": _reshape, "Resize": _resize, "Expand": _expand}
 
 
 # ---------------------------------------------------------------------------------------------------- what does nothing

@@ -31,28 +31,28 @@ Edit = Callable[[], None]
 
 
 def samples_first(graph: gs.Graph) -> PassReport:
-    """Renumber axes so that samples are on axis 0 of every tensor, of all or of none.
+    """Renumber axes so that samples are on axis 0.
 
-    `graph` has its shapes inferred and its constants folded. It is left as it was, and the report says why, where one
-    operator cannot be renumbered, e.g. a convolution over [N k, C, H, W].
+    `graph` has its shapes inferred and its constants folded. Nodes connected by tensors that have samples elsewhere are
+    a region; one is left as it was, and the report says why, where an operator of it cannot be renumbered, e.g. a
+    convolution over [N k, C, H, W].
     """
     report = PassReport("samples first")
     if not any(map(_may_move, graph.nodes)):
         return report
     shapes = two_batches(graph)
     mover = _Mover(graph, places(graph, shapes), set(grown(shapes)))
-    if not mover.moved:
-        return report
-    try:
-        edits = [mover.edit(node) for node in graph.nodes if mover.touches(node)]
-        mover.check_ends()
-    except Declined as reason:
-        report.declined.append(f"samples stay where they are: {reason}")
-        return report
-    for edit in edits:
-        edit()
+    for nodes in mover.regions():
+        try:
+            edits = [mover.edit(node) for node in nodes]
+        except Declined as reason:
+            report.declined.append(f"samples stay where they are: {reason}")
+            continue
+        for edit in edits:
+            edit()
+        moved = mover.moves(nodes)
+        report.done.append(f"samples come first in {moved} tensors from {describe(nodes[0])} to {describe(nodes[-1])}")
     mover.finish()
-    report.done.append(f"samples come first in {len(mover.moved)} tensors that had them elsewhere")
     return report
 
 
@@ -77,26 +77,43 @@ class _Mover:
     def __init__(self, graph: gs.Graph, known: Mapping[str, Layout], grown: set[str]) -> None:
         self.graph, self.known, self.grown = graph, known, grown
         self.moved = {name: layout for name, layout in known.items() if layout.place != FIRST}
+        self.fixed = pinned(graph) | {tensor.name for tensor in graph.inputs}
         self.names = Names(graph)
         self.new: dict[int, tuple[list[gs.Node], list[gs.Node]]] = {}
 
-    def touches(self, node: gs.Node) -> bool:
-        return any(tensor.name in self.moved for tensor in (*node.inputs, *node.outputs))
+    def regions(self) -> list[list[gs.Node]]:
+        """Nodes that read or write tensors to be moved, in their order, those connected by such tensors together."""
+        region_of: dict[str, list[gs.Node]] = {}  # tensor -> the nodes of its region
+        for node in self.graph.nodes:
+            names = {tensor.name for tensor in (*node.inputs, *node.outputs)} & self.moved.keys()
+            joined = list({id(region_of[name]): region_of[name] for name in names if name in region_of}.values())
+            region = max(joined, key=len, default=[])
+            for other in joined:
+                if other is not region:
+                    region.extend(other)
+                    region_of.update((name, region) for name, nodes in region_of.items() if nodes is other)
+            region.append(node)
+            region_of.update((name, region) for name in names)
+        order = {id(node): i for i, node in enumerate(self.graph.nodes)}
+        regions = {id(region): region for region in region_of.values()}.values()
+        return [sorted(region, key=lambda node: order[id(node)]) for region in regions]
 
-    def check_ends(self) -> None:
-        for name in sorted({*pinned(self.graph), *(tensor.name for tensor in self.graph.inputs)} & set(self.moved)):
-            raise Declined(f"{name} is an input or output, or a subgraph reads it")
+    def moves(self, nodes: list[gs.Node]) -> int:
+        """The tensors of a region that was changed have their new shapes; how many these are."""
+        tensors = {t.name: t for node in nodes for t in node.outputs if t.name in self.moved}
+        for name, tensor in tensors.items():
+            tensor.shape = [None, *self.moved[name].rest]
+        return len(tensors)
 
     def finish(self) -> None:
-        for node in self.graph.nodes:
-            for tensor in node.outputs:
-                if tensor.name in self.moved:
-                    tensor.shape = [None, *self.moved[tensor.name].rest]
         insert(self.graph, self.new)
         prune(self.graph)
 
     def edit(self, node: gs.Node) -> Edit:
         """How the axes of a node are renumbered; raises Declined."""
+        for tensor in (*node.inputs, *node.outputs):
+            if tensor.name in self.moved and tensor.name in self.fixed:
+                raise Declined(f"{tensor.name} is an input or output, or a subgraph reads it")
         lost = [t.name for t in node.inputs if t.name in self.grown - self.known.keys()]
         if node.op != "Shape":
             lost += [t.name for t in node.outputs if t.name not in self.known]
@@ -138,6 +155,8 @@ class _Mover:
         """Reshape, Flatten: the entries of a sample keep their order."""
         self._layout(node)
         after = self.known[node.outputs[0].name]
+        if 0 in after.rest:
+            raise Declined(f"{describe(node)}: nothing is in {node.outputs[0].name}")
         shape = gs.Constant(self.names.fresh(f"{node.name}/moved"), np.array([0, *after.rest], np.int64))
 
         def edit() -> None:
