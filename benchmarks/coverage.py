@@ -118,6 +118,7 @@ def _explain(row: Row, case: Case, path: Path, feeds: dict[str, np.ndarray]) -> 
     if not row["explains"]:
         row["error"] = "relevance is not finite" if not finite else "relevance is 0"
         return
+    row["together"] = _together(explainer, feeds, row["shares_forward"])
     del explainer, canonical, facts, layers  # large nets are held many times over otherwise
     gc.collect()
     one = {name: value[:1] for name, value in feeds.items()}
@@ -135,14 +136,41 @@ def _explain(row: Row, case: Case, path: Path, feeds: dict[str, np.ndarray]) -> 
     row["not_itemised"] = sorted({flow.rule for flow in flows if flow.losses.get("not itemised")})
     row["conditions"] = [checks[name].ok for name in checks if name.startswith("conditional")]
     wrong = [check for check in report.checks if check.ok is False and (check is not outputs or not row["canonizes"])]
-    if wrong:
-        row["error"] = "; ".join(f"{check.name}: {check.detail}" for check in wrong)[:300]
+    found = [f"{check.name}: {check.detail}" for check in wrong]
+    if row["together"] > TOGETHER:
+        found.append(f"two samples under two conditions differ from one by one: {row['together']:.1e}")
+    if found:
+        row["error"] = "; ".join(found)[:300]
 
 
 CACHE = 1 << 28  # bytes of relevance models to keep
+TOGETHER = 1e-3  # relative L2 of what is asked at once and one by one
 AMPLIFIED = 100.0  # times the explained output; sums of such terms say nothing about the output
 TIGHT = 1e-4  # relative L2 of parity and of outputs
 APPROXIMATED = ("QuantizeLinear", "DynamicQuantizeLinear", "Round", "Floor", "Ceil")
+
+
+def _together(explainer: Any, feeds: dict[str, np.ndarray], shares_forward: bool) -> float:
+    """Relevance under two conditions on two samples at once, against one of each: the largest relative L2 difference.
+
+    On two layers, one of the lower and one of the upper half; where samples are repeated for every condition, on six.
+    """
+    layers = [layer for layer in explainer.layers if (layer.channels or 0) > 1]
+    count = min(len(layers), 2 if shares_forward else 6)
+    two = {name: value[:2] for name, value in feeds.items()}
+    whole = np.ones((1, *explainer.explain(two, "top", inputs=()).explained.shape[1:]), np.float32)
+    worst = 0.0
+    for layer in [layers[(2 * i + 1) * len(layers) // (2 * count)] for i in range(count)]:
+        asked: dict[str, Any] = {"seed": whole, "record": [layer.name], "bypass": "keep"}
+        conditions = [{layer.name: [0]}, {layer.name: [layer.channels - 1]}]
+        together = explainer.explain(two, conditions=conditions, **asked).relevance
+        for row in range(len(next(iter(two.values())))):
+            sample = {name: value[row : row + 1] for name, value in two.items()}
+            for number, condition in enumerate(conditions):
+                for name, alone in explainer.explain(sample, conditions=condition, **asked).relevance.items():
+                    size = max(float(np.linalg.norm(alone)), 1e-30)
+                    worst = max(worst, float(np.linalg.norm(together[name][row, number] - alone[0])) / size)
+    return worst
 
 
 def _parity(row: Row, case: Case, model: Any, path: Path, feeds: dict[str, np.ndarray]) -> None:
