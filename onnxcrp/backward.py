@@ -474,12 +474,16 @@ class _Writer:
     # ---- layers as a user sees them: axis 0 counts samples -----------------------------------------------------
     def _elsewhere(self, tensor: str) -> Layout | None:
         """The layout of a tensor whose axis 0 does not count samples, if it is to be seen as if it did."""
-        if self.per_sample and tensor in self.facts.unplaced:
+        if not self.per_sample:
+            return None
+        layout = self.facts.places.get(tensor)
+        merged = layout is not None and layout.place.outer * layout.place.inner > 1
+        if tensor in self.facts.unplaced or (merged and layout is not None and None in layout.sizes):
             raise QuestionError(
                 f"in what order {self.layer_name(tensor)} holds its samples is not known",
                 hint="ask about a layer before or after it",
             )
-        return self.facts.places.get(tensor) if self.per_sample else None
+        return layout
 
     def _seen(self, tensor: str) -> list[Any]:
         return self.facts.seen(tensor) if self.per_sample else dims(self.facts.tensors[tensor])
@@ -489,27 +493,26 @@ class _Writer:
         layout = self._elsewhere(tensor)
         if layout is None:
             return value
-        parts = layout.parted
-        at = parts.index(-1)
-        value = self.op.Reshape(value, parts)
-        value = self.op.Transpose(value, perm=[at, *(axis for axis in range(len(parts)) if axis != at)])
-        return self.op.Reshape(value, [0, *layout.rest])
+        op, (axis, outer, inner), sizes = self.op, layout.place, layout.sizes
+        if outer * inner == 1:
+            return op.Transpose(value, perm=[axis, *(i for i in range(len(sizes)) if i != axis)])
+        value = op.Reshape(value, [*sizes[:axis], outer, -1, inner, *sizes[axis + 1 :]])
+        value = op.Transpose(value, perm=[axis + 1, *(i for i in range(len(sizes) + 2) if i != axis + 1)])
+        return op.Reshape(value, [0, *layout.rest])
 
     def _inward(self, tensor: str, value: Value) -> Value:
-        """The inverse for what is fed, which may be 1 along any axis; that of samples stays 1 if it is theirs alone."""
+        """The inverse for what is fed, which may be 1 along any axis; [1, ...] is for all samples."""
         layout = self._elsewhere(tensor)
         if layout is None:
             return value
-        op, parts = self.op, layout.parted
-        at = parts.index(-1)
-        axis, outer, inner = layout.place
-        samples = op.as_value([1])
-        if outer * inner > 1:
-            samples = op.Div(op.shape(op.value(self.tensor[tensor]), axis, axis + 1), [outer * inner])
+        op, (axis, outer, inner), sizes = self.op, layout.place, layout.sizes
+        if outer * inner == 1:
+            return op.Transpose(value, perm=[*range(1, axis + 1), 0, *range(axis + 1, len(sizes))])
+        samples = op.Div(op.shape(op.value(self.tensor[tensor]), axis, axis + 1), [outer * inner])
         value = op.Expand(value, op.Concat(samples, layout.rest, axis=0))
-        value = op.Reshape(value, [-1, *parts[:at], *parts[at + 1 :]])
-        value = op.Transpose(value, perm=[*range(1, at + 1), 0, *range(at + 1, len(parts))])
-        return op.Reshape(value, [*layout.sizes[:axis], -1, *layout.sizes[axis + 1 :]])
+        value = op.Reshape(value, [-1, *sizes[:axis], outer, inner, *sizes[axis + 1 :]])
+        value = op.Transpose(value, perm=[*range(1, axis + 2), 0, *range(axis + 2, len(sizes) + 2)])
+        return op.Reshape(value, [*sizes[:axis], -1, *sizes[axis + 1 :]])
 
     # ---- small things ------------------------------------------------------------------------------------------
     def _float(self, name: str) -> Value:
@@ -822,9 +825,9 @@ def concept_axis(facts: Facts, node: gs.Node) -> int:
         kept = current.outputs[0].shape
         if (
             current.op == "Reshape"
+            and len(source.shape) > 3
             and isinstance(kept[1], int)
             and kept[1] == source.shape[1]
-            and len(source.shape) > 3
         ):
             axes = [axes[0], axes[1], *[None for _ in source.shape[2:]]]  # positions merged, channels as they were
         elif len(source.shape) != len(axes):  # rows merged or parted, features as they were

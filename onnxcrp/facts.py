@@ -317,14 +317,14 @@ class Facts:
 
     @cached_property
     def unplaced(self) -> set[str]:
-        """Tensors that grow with the batch along another axis than 0, or by more than 1, nobody knows in what order."""
-        from onnxcrp.canonize.samples import grown
-
+        """Tensors of which it is not known where samples are; all others are in `places` or have them on axis 0."""
         if not self.batch_breaks or self.canonical.batch == "fixed":
             return set()
-        found = grown(self._two_batches)
-        elsewhere = {name for name, (axis, sizes) in found.items() if axis or sizes[axis] > 1}
-        return (elsewhere & self.data) - self.places.keys()
+        from onnxcrp.canonize.samples import BATCHES
+
+        shapes = list(zip(self._two_batches, BATCHES, strict=True))
+        first = {name for name in self.data if all((known.get(name) or [0])[0] == size for known, size in shapes)}
+        return self.data - first - self.places.keys()
 
     @cached_property
     def _two_batches(self) -> tuple[Shapes, Shapes]:

@@ -217,6 +217,13 @@ class RelevanceModels:
         batch = next(iter(counts.values()), 1)
         if batch == 0:
             raise InputError("there are no samples: axis 0 is empty")
+        if batch > 1 and self.facts.explained in self.facts.places:
+            axis = self.facts.places[self.facts.explained].place.axis
+            raise InputError(
+                f"output {self.facts.explained!r} has samples on axis {axis}, not on axis 0: it can be explained for "
+                "one sample at a time",
+                hint="export it with the batch first to ask for several",
+            )
         return feeds, batch
 
     # --- compiled models ----------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from onnxcrp.canonize.samples_first import samples_first
 from onnxcrp.canonize.shapes import infer_shapes
 from onnxcrp.canonize.write import write
 from onnxcrp.cli import main
-from onnxcrp.errors import QuestionError
+from onnxcrp.errors import InputError, QuestionError
 from onnxcrp.facts import Facts
 from tests.support.canonical import check, ops, parse, random, said, session
 
@@ -33,19 +34,20 @@ def sizes(axes: Axes, batch: int) -> list[int]:
 
 
 class RandomNet:
-    """Moves, merges and parts the axes of x [N, 2, 3, 4], computes on what is there, and ends with [N, ...]."""
+    """Moves, merges and parts the axes of x [N, 2, 3, 4], computes on what is there, and ends with [N, ...].
 
-    def __init__(self, seed: int) -> None:
+    With `mixing`, a Reshape may put entries of one sample where those of another were; only sizes are booked then.
+    """
+
+    def __init__(self, seed: int, mixing: bool = False) -> None:
         self.rng = np.random.default_rng(seed)
         self.nodes: list[onnx.NodeProto] = []
         self.constants: dict[str, np.ndarray] = {}
         self.axes: dict[str, Axes] = {"x": [[N], [2], [3], [4]]}
         self.at = "x"
         for _ in range(int(self.rng.integers(4, 12))):
-            step = self.rng.choice(
-                ["transpose", "merge", "part", "elementwise", "matmul", "along", "sum", "pick", "self"]
-            )
-            getattr(self, str(step))()
+            steps = ["transpose", "merge", "part", "elementwise", "matmul", "along", "sum", "pick", "self"]
+            getattr(self, str(self.rng.choice(steps + ["mix"] * 3 * mixing)))()
         self.finish()
 
     @property
@@ -87,6 +89,15 @@ class RandomNet:
             i = int(self.rng.choice(merged))
             k = int(self.rng.integers(1, len(self.here[i])))
             self.reshape([*self.here[:i], self.here[i][:k], self.here[i][k:], *self.here[i + 1 :]])
+
+    def mix(self) -> None:
+        rest, factors = prod(sizes(self.here, 1)), []
+        for _ in range(int(self.rng.integers(0, 3))):
+            factors.append(int(self.rng.choice([n for n in range(1, rest + 1) if rest % n == 0])))
+            rest //= factors[-1]
+        axes: Axes = [[factor] for factor in factors]
+        axes.insert(int(self.rng.integers(len(axes) + 1)), [N, rest] if rest > 1 else [N])
+        self.reshape(axes)
 
     def elementwise(self) -> None:
         shape = [1 if N in axis else prod(axis) for axis in self.here]
@@ -193,6 +204,42 @@ def test_random_nets(seed: int) -> None:
     assert Facts(canonical).shares_forward
 
 
+@pytest.mark.parametrize("seed", range(150))
+def test_nets_that_mix_samples(seed: int) -> None:
+    """Whatever a Reshape does to samples, it does as well afterwards."""
+    check(RandomNet(seed, mixing=True).model(), size=3)
+
+
+@pytest.mark.parametrize("kind", ["GRU", "LSTM"])
+@pytest.mark.parametrize("dynamo", [False, True])
+def test_the_last_states_viewed_as_rows(kind: str, dynamo: bool, tmp_path: Path) -> None:
+    """h_n [2, N, H] viewed as [N, 2 H] mixes samples, which happens: the explained model does so, too."""
+    torch = pytest.importorskip("torch")
+
+    class Net(torch.nn.Module):  # type: ignore[name-defined, misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell = getattr(torch.nn, kind)(3, 5, bidirectional=True, batch_first=True)
+            self.head = torch.nn.Linear(10, 2)
+
+        def forward(self, x: Any) -> Any:
+            last = self.cell(x)[1]
+            return self.head((last[0] if kind == "LSTM" else last).reshape(-1, 10))
+
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(0)
+        options: dict[str, Any] = {"dynamic_axes": {"x": {0: "batch"}, "y": {0: "batch"}}}
+        if dynamo:
+            options = {"dynamic_shapes": ({0: torch.export.Dim("batch")},), "verbose": False}
+        names = {"input_names": ["x"], "output_names": ["y"]}
+        torch.onnx.export(
+            Net().eval(), (torch.randn(3, 4, 3),), tmp_path / "net.onnx", dynamo=dynamo, **names, **options
+        )
+    check(tmp_path / "net.onnx", size=3)
+    assert not Facts(canonize(tmp_path / "net.onnx")).shares_forward
+
+
 # ---- attention as it is written --------------------------------------------------------------------------------------
 ATTENTION = """net (float[N,5,6] x) => (float[N,3] y) {
     t = Transpose<perm=[1,0,2]>(x)  q = MatMul(t, wq)  k = MatMul(t, wk)  v = MatMul(t, wv)
@@ -251,6 +298,80 @@ def test_conditions_on_attention(layer: str) -> None:
     alone_and_together(Explainer(attention(), "attnlrp"), x, layer, 4)
 
 
+def test_attention_over_any_number_of_tokens() -> None:
+    """[N, L, C] of a length that only the run knows: records of [L, N, C] are [N, L, C], and the net is moved."""
+    model = parse(
+        """net (float[N,L,6] x) => (float[N,3] y) { t = Transpose<perm=[1,0,2]>(x)  q = MatMul(t, w)  r = Relu(q)
+            m = ReduceMean<keepdims=0>(r, zeroth)  y = MatMul(m, v) }""",
+        w=random(6, 4), v=random(4, 3), zeroth=np.array([0]),
+    )  # fmt: skip
+    for node in model.graph.node:
+        node.name = node.output[0]
+    assert Facts(check(model, size=3)).shares_forward
+    x = np.random.default_rng(3).normal(size=(3, 5, 6)).astype(np.float32)
+    alone_and_together(Explainer(model, "epsilon"), x, "q", 4)
+
+
+def test_a_mask_that_is_an_input() -> None:
+    """[T, T] for all samples, added to scores [N heads, T, T] as [1, T, T]."""
+    model = parse(
+        """net (float[N,3,4,6] x, float[4,4] mask) => (float[N,3,4,6] y) { h = Reshape(x, heads)
+            k = Transpose<perm=[0,2,1]>(h)  s = MatMul(h, k)  one = Unsqueeze(mask, zeroth)  z = Add(s, one)
+            a = Softmax<axis=-1>(z)  o = MatMul(a, h)  y = Reshape(o, back) }""",
+        heads=np.array([-1, 4, 6]), zeroth=np.array([0]), back=np.array([-1, 3, 4, 6]),
+    )  # fmt: skip
+    canonical = check(model)
+    assert "6 tensors from Reshape" in said(canonical, "samples first", "done")
+    assert not said(canonical, "samples first")
+
+
+def test_operands_for_all_samples_get_the_axes_that_are_left() -> None:
+    """[3, 1, 6] beside [3, N, 6], [1, 6] beside [2 N, 6] and beside [2 N 3, 6]; computed, so they are rearranged."""
+    model = parse(
+        """net (float[N,2,3,6] x, float[2,1,6] a, float[1,6] b) => (float[N,2,3,6] y) { two = Relu(a)  one = Relu(b)
+            t = ReduceMean<keepdims=0>(x, last)  p = Transpose<perm=[1,0,2]>(t)  q = Add(p, two)
+            f = Transpose<perm=[1,0,2]>(q)  r = Reshape(x, rows)  s = Mul(r, one)  u = Reshape(s, whole)
+            d = Transpose<perm=[1,0,2,3]>(u)  v = Reshape(d, rows)  g = Mul(v, one)  h = Reshape(g, turned)
+            w = Transpose<perm=[1,0,2,3]>(h)  e = Unsqueeze(f, last)  y = Add(w, e) }""",
+        last=np.array([2]), rows=np.array([-1, 6]), whole=np.array([-1, 2, 3, 6]), turned=np.array([2, -1, 3, 6]),
+    )  # fmt: skip
+    canonical = check(model, size=3)
+    assert not said(canonical, "samples first")
+    assert {"Squeeze", "Unsqueeze"} <= set(ops(canonical))
+
+
+def test_tokens_with_time_first() -> None:
+    """Embeddings of ids [T, N]."""
+    model = parse(
+        """net (int64[N,5] ids) => (float[N,4] y) { t = Transpose<perm=[1,0]>(ids)  e = Gather(table, t)
+            r = Relu(e)  m = ReduceMean<keepdims=0>(r, zeroth)  y = Identity(m) }""",
+        table=random(7, 4), zeroth=np.array([0]),
+    )  # fmt: skip
+    canonical = check(model, size=3)
+    assert Facts(canonical).shares_forward
+    assert "Transpose" not in ops(canonical)
+
+
+def test_one_scale_for_all() -> None:
+    model = parse(
+        """net (float[N,5,6] x) => (float[N,5,6] y) { t = Transpose<perm=[1,0,2]>(x)  q = QuantizeLinear(t, scale, zero)
+            d = DequantizeLinear(q, scale, zero)  y = Transpose<perm=[1,0,2]>(d) }""",
+        scale=np.array(0.02, np.float32), zero=np.array(3, np.int8),
+    )  # fmt: skip
+    assert "Transpose" not in ops(check(model))
+
+
+def test_an_output_with_time_first_is_explained_for_one_sample() -> None:
+    model = parse(
+        "net (float[N,5,6] x) => (float[5,N,3] y) { t = Transpose<perm=[1,0,2]>(x)  y = MatMul(t, w) }", w=random(6, 3)
+    )
+    explainer = Explainer(model, "epsilon")
+    x = np.random.default_rng(0).normal(size=(2, 5, 6)).astype(np.float32)
+    assert explainer.explain(x[:1], (0, 0), seed="abs").relevance["x"].any()
+    with pytest.raises(InputError, match="has samples on axis 1, not on axis 0"):
+        explainer.explain(x, (0, 0), seed="abs")
+
+
 # ---- what cannot be moved --------------------------------------------------------------------------------------------
 CLIP = """net (float[N,4,3,6,6] x) => (float[N,2] y) {{ {} flat = Reshape(frames, merged)
     h = Conv<pads=[1,1,1,1]>(flat, w, b)  r = Relu(h)  p = ReduceMean<keepdims=0>(r, spatial) {} y = Gemm(m, v) }}"""
@@ -278,7 +399,7 @@ def clip(order: str) -> onnx.ModelProto:
 def test_a_convolution_over_frames_stays(order: str, tmp_path: Path) -> None:
     """Windows need [N, C, H, W]: the model is left as it was; frames are seen in their place, whatever their order."""
     canonical = check(clip(order))
-    assert "takes its axes by their numbers" in said(canonical, "samples first")
+    assert "Conv 'h' cannot be renumbered" in said(canonical, "samples first")
     assert not Facts(canonical).shares_forward
     onnx.save(clip(order), tmp_path / "clip.onnx")
     shown = CliRunner().invoke(main, ["inspect", str(tmp_path / "clip.onnx"), "--composite", "epsilon_plus_flat"])
@@ -319,6 +440,15 @@ def test_a_layer_whose_samples_cannot_be_found() -> None:
 
 
 DECLINED = {
+    "a scale for each sample": (
+        """t = Transpose<perm=[1,0,2]>(x)  m = ReduceMean<keepdims=0>(x, one)  l = LayerNormalization<axis=-1>(t, m)
+        y = Transpose<perm=[1,0,2]>(l)""",
+        "differs from sample to sample",
+    ),
+    "a shape of nothing": (
+        "t = Transpose<perm=[1,0,2]>(x)  n = Shape<start=1,end=1>(t)  y = Transpose<perm=[1,0,2]>(t)  z = Identity(n)",
+        "asks for no size",
+    ),
     "sizes that an input tells": ("t = Transpose<perm=[1,0,2]>(x)  y = Reshape(t, sizes)", "is not known"),
     "an output with rows": ("rows = Reshape(x, flat)  y = Relu(rows)", "is an input or output"),
     "softmax over all rows": (
@@ -363,7 +493,7 @@ def test_declined(case: str) -> None:
     text, reason = DECLINED[case]
     model = parse(
         f"net (float[N,2,3] x, int64[2] sizes) => (float[] y) {{ {text} }}",
-        flat=np.array([-1, 3]), whole=np.array([-1, 2, 3]), u=random(4, 2),
+        flat=np.array([-1, 3]), whole=np.array([-1, 2, 3]), u=random(4, 2), one=np.array([1]),
     )  # fmt: skip
     graph = gs.import_onnx(model)
     infer_shapes(graph)
@@ -417,6 +547,24 @@ def test_views_by_stride(offsets: list[list[int]], kind: str) -> None:
     assert ops(canonical)[-1] == kind
     assert "Range" not in ops(canonical)
     assert Facts(canonical).shares_forward
+
+
+@pytest.mark.parametrize(
+    ("range", "steps"),
+    [
+        ("Range(zero, n, one)", "few = Cast<to=2>(range)  steps = Cast<to=7>(few)"),  # uint8 holds 255 at most
+        ("Range(zero, m, half)", "steps = Cast<to=7>(range)"),  # 0, 1.5, 3
+    ],
+)
+def test_counts_that_are_not_the_samples_stay(range: str, steps: str) -> None:
+    model = parse(
+        f"""net (float[N,2,3] x) => (float[] y) {{ all = Reshape(x, flat)  count = Shape<start=0,end=1>(x)
+            n = Squeeze(count)  m = Cast<to=1>(n)  range = {range}  {steps}  times = Mul(steps, stride)
+            lifted = Unsqueeze(times, axes)  i = Add(lifted, offsets)  y = Gather<axis=0>(all, i) }}""",
+        flat=np.array([-1]), one=np.array(1), stride=np.array(6), axes=np.array([1]), offsets=np.array([[0, 1]]),
+        zero=np.array(0) if "n" in range else np.array(0, np.float32), half=np.array(1.5, np.float32),
+    )  # fmt: skip
+    assert "Range" in ops(canonize(model))
 
 
 def test_views_by_stride_with_axes_counted_from_the_end() -> None:

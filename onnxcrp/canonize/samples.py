@@ -23,15 +23,15 @@ from onnxcrp.ops.registry import about
 BATCHES = (7, 11)  # two sizes of the batch to compare shapes for
 
 BROADCASTING = frozenset(
-    """Add Sub Mul Div Sum Mean Max Min Where And Or Xor Not Equal Greater GreaterOrEqual Less LessOrEqual
-    Identity Dropout Cast Neg Sign""".split()  # noqa: SIM905
+    """Add Sub Mul Div Sum Mean Max Min Where And Or Xor Not Equal Greater GreaterOrEqual Less LessOrEqual IsNaN IsInf
+    Identity Dropout Cast CastLike Neg Sign""".split()  # noqa: SIM905
 )
 ORDERED = frozenset(["Reshape", "Flatten", "Squeeze", "Unsqueeze"])  # entries stay in their order
 _SAME_FOR_ALL = frozenset(["Expand", "ConstantOfShape"])
 _SHUFFLE = frozenset(
     ["TopK", "GatherElements", "GatherND", "Compress", "ReverseSequence", "ScatterElements", "ScatterND"]
 )
-_AXIS = {"Softmax": -1, "LogSoftmax": -1, "Hardmax": -1, "LayerNormalization": -1}  # else 0
+_LAST = frozenset(["Softmax", "LogSoftmax", "Hardmax", "LayerNormalization", "RmsNorm"])  # axis -1 unless named
 
 Shapes = dict[str, list[int | None]]
 
@@ -48,33 +48,27 @@ FIRST = Place()
 
 
 class Layout(NamedTuple):
-    """A tensor of N samples: where they are, and its sizes, that of the axis they are on being those of one sample."""
+    """A tensor of N samples: where they are, and its sizes, that of their axis for one sample; None where unknown."""
 
     place: Place
-    sizes: tuple[int, ...]
+    sizes: tuple[int | None, ...]
 
     @property
     def axes(self) -> list[list[int]]:
         """Where each axis is once samples come first: nowhere, at one place, or at two (outer and inner)."""
         found: list[list[int]] = []
         count = 1
-        for axis, size in enumerate(self.sizes):
-            parts = [size] if axis != self.place.axis else [size for size in self.place[1:] if size > 1]
-            found.append(list(range(count, count + len(parts))))
-            count += len(parts)
+        for axis in range(len(self.sizes)):
+            parts = 1 if axis != self.place.axis else sum(size > 1 for size in self.place[1:])
+            found.append(list(range(count, count + parts)))
+            count += parts
         return found
 
     @property
-    def rest(self) -> list[int]:
+    def rest(self) -> list[int | None]:
         """The sizes of axes 1.. once samples come first."""
         axis, outer, inner = self.place
         return [*self.sizes[:axis], *(size for size in (outer, inner) if size > 1), *self.sizes[axis + 1 :]]
-
-    @property
-    def parted(self) -> list[int]:
-        """The tensor's own sizes, outer, N (as -1) and inner axes apart."""
-        axis, outer, inner = self.place
-        return [*self.sizes[:axis], outer, -1, inner, *self.sizes[axis + 1 :]]
 
 
 def two_batches(graph: gs.Graph) -> tuple[Shapes, Shapes]:
@@ -98,18 +92,18 @@ def _shapes_for(graph: gs.Graph, batch: int) -> Shapes:
     return {name: each.sizes for name, each in ports_known.items()}
 
 
-def grown(shapes: tuple[Shapes, Shapes]) -> dict[str, tuple[int, tuple[int, ...]]]:
+def grown(shapes: tuple[Shapes, Shapes]) -> dict[str, tuple[int, tuple[int | None, ...]]]:
     """Tensor -> (the one axis that grows with the batch, its sizes for one sample); others are left out."""
     few, many = shapes
     found = {}
     for name in few.keys() & many.keys():
-        small, large = ([size or 0 for size in sizes] for sizes in (few[name], many[name]))
-        axes = [axis for axis, (a, b) in enumerate(zip(small, large, strict=False)) if a != b]
-        if len(axes) == 1 and None not in few[name] and None not in many[name]:
+        pairs = list(zip(few[name], many[name], strict=False))
+        axes = [axis for axis, (small, large) in enumerate(pairs) if small != large]
+        if len(axes) == 1 and None not in pairs[axes[0]]:
             (axis,) = axes
-            each = small[axis] // BATCHES[0]
-            if [small[axis], large[axis]] == [each * batch for batch in BATCHES]:
-                found[name] = (axis, (*small[:axis], each, *small[axis + 1 :]))
+            each = (few[name][axis] or 0) // BATCHES[0]
+            if pairs[axis] == tuple(each * batch for batch in BATCHES):
+                found[name] = (axis, (*few[name][:axis], each, *few[name][axis + 1 :]))
     return found
 
 
@@ -118,30 +112,34 @@ def places(graph: gs.Graph, shapes: tuple[Shapes, Shapes]) -> dict[str, Layout]:
     axes = grown(shapes)
     known = {t.name: Layout(FIRST, axes[t.name][1]) for t in graph.inputs if axes.get(t.name, (1,))[0] == 0}
     for node in graph.nodes:
+        lost = any(tensor.name in axes.keys() - known.keys() for tensor in node.inputs)
         for name in [tensor.name for tensor in node.outputs if tensor.name in axes]:
             axis, sizes = axes[name]
             place = _place(node, axis, sizes, known)
+            if lost:  # a model that mixes samples: [N, ...] is taken for what it says
+                place = FIRST if (axis, sizes[axis]) == (0, 1) else None
             if place is not None and (place.axis, place.outer * place.inner) == (axis, sizes[axis]):
                 known[name] = Layout(place, sizes)
     return known
 
 
 # ---- how a node moves samples --------------------------------------------------------------------------------------
-def _place(node: gs.Node, axis: int, sizes: tuple[int, ...], known: Mapping[str, Layout]) -> Place | None:
+def _place(node: gs.Node, axis: int, sizes: Sequence[int | None], known: Mapping[str, Layout]) -> Place | None:
     """Where samples are in an output of these sizes that grows along `axis`; None where nothing tells."""
-    if sizes[axis] == 1:
-        return Place(axis)
     inputs = [known[tensor.name] for tensor in node.inputs if tensor.name in known]
+    each = sizes[axis] or 0
     if not inputs:  # what is the same for all samples, made for their number
-        return Place(axis, 1, sizes[axis]) if node.op in _SAME_FOR_ALL else None
+        return Place(axis, 1, each) if node.op in _SAME_FOR_ALL or each == 1 else None
     first, rank = inputs[0].place, len(inputs[0].sizes)
     if node.op in ORDERED:
         return in_order(inputs[0], axis, sizes)
-    if broadcasts(node) or node.op in ("MatMul", "Expand"):
-        return _from_the_right(inputs, len(sizes))
     if node.op == "Transpose":
         perm = node.attrs.get("perm") or list(range(rank))[::-1]
         return first._replace(axis=perm.index(first.axis))
+    if each == 1:  # one entry for each sample along this axis, and what follows puts none in the place of another
+        return Place(axis)
+    if broadcasts(node) or node.op in ("MatMul", "Expand"):
+        return _from_the_right(inputs, len(sizes))
     if node.op == "Gather":
         return _gathered(node, known)
     if node.op.startswith("Reduce"):
@@ -156,17 +154,28 @@ def broadcasts(node: gs.Node) -> bool:
     return node.op in BROADCASTING or about(node.op).family == "activation"
 
 
-def in_order(source: Layout, axis: int, sizes: Sequence[int]) -> Place | None:
+def in_order(source: Layout, axis: int, sizes: Sequence[int | None]) -> Place | None:
     """Where samples are after a Reshape to these sizes, which are those of one sample on `axis`.
 
-    Before and after a sample's entries lie as many as before: ((l outer + o) N + n) inner right + i right + r.
+    As many of its entries lie before a sample as did, ((l outer + o) N + n) inner right + i right + r, and as many
+    after it; one of these numbers tells the other.
     """
     at, outer, inner = source.place
-    before, after = prod(source.sizes[:at]) * outer, inner * prod(source.sizes[at + 1 :])
-    left, right = prod(sizes[:axis]), prod(sizes[axis + 1 :])
-    if not left or not right or before % left or after % right:
-        return None
-    return Place(axis, before // left, after // right)
+    before, after = _product(source.sizes[:at], outer), _product(source.sizes[at + 1 :], inner)
+    left, right = _product(sizes[:axis]), _product(sizes[axis + 1 :])
+    each = sizes[axis] or 0
+    if before and left:
+        outer = before // left if before % left == 0 and each % (before // left) == 0 else 0
+        return Place(axis, outer, each // outer) if outer else None
+    if after and right:
+        inner = after // right if after % right == 0 and each % (after // right) == 0 else 0
+        return Place(axis, each // inner, inner) if inner else None
+    return None
+
+
+def _product(sizes: Sequence[int | None], factor: int = 1) -> int | None:
+    """Of sizes that are all known and not 0."""
+    return prod(size for size in sizes if size) * factor if all(sizes) else None
 
 
 def _from_the_right(inputs: Sequence[Layout], rank: int) -> Place | None:
@@ -191,7 +200,7 @@ def _gathered(node: gs.Node, known: Mapping[str, Layout]) -> Place | None:
 
 def axis_of(node: gs.Node, rank: int) -> int:
     """The attribute `axis` of a node whose input has this rank, counted from the first."""
-    return int(node.attrs.get("axis", _AXIS.get(node.op, 0))) % rank
+    return int(node.attrs.get("axis", -1 if node.op in _LAST else 0)) % rank
 
 
 def reduced(node: gs.Node, rank: int) -> list[int] | None:

@@ -51,8 +51,10 @@ def samples_first(graph: gs.Graph) -> PassReport:
         for edit in edits:
             edit()
         moved = mover.moves(nodes)
-        report.done.append(f"samples come first in {moved} tensors from {describe(nodes[0])} to {describe(nodes[-1])}")
-    mover.finish()
+        tensors = f"{moved} tensors" if moved > 1 else "a tensor"
+        report.done.append(f"samples come first in {tensors} from {describe(nodes[0])} to {describe(nodes[-1])}")
+    if report.done:
+        mover.finish()
     return report
 
 
@@ -61,6 +63,11 @@ def _may_move(node: gs.Node) -> bool:
     if node.op == "Transpose":
         perm = node.attrs.get("perm")
         return not perm or perm[0] != 0
+    if node.op in ("Unsqueeze", "Squeeze"):
+        axes = value(node, 1)
+        return axes is None or bool((axes <= 0).any())
+    if node.op == "Flatten":
+        return node.attrs.get("axis", 1) != 1
     if node.op != "Reshape":
         return False
     shape, before, after = value(node, 1), node.inputs[0].shape, node.outputs[0].shape
@@ -122,7 +129,10 @@ class _Mover:
         if broadcasts(node):
             return self._broadcast(node)
         if node.op not in _EDITS:
-            raise Declined(f"{describe(node)} takes its axes by their numbers")
+            raise Declined(f"{describe(node)} cannot be renumbered")
+        others = [] if node.op in _SEVERAL else [t.name for t in node.inputs[1:] if t.name in self.grown]
+        if others:
+            raise Declined(f"{describe(node)}: {others[0]} differs from sample to sample")
         return _EDITS[node.op](self, node)
 
     def _layout(self, node: gs.Node, index: int = 0) -> Layout:
@@ -155,9 +165,10 @@ class _Mover:
         """Reshape, Flatten: the entries of a sample keep their order."""
         self._layout(node)
         after = self.known[node.outputs[0].name]
-        if 0 in after.rest:
-            raise Declined(f"{describe(node)}: nothing is in {node.outputs[0].name}")
-        shape = gs.Constant(self.names.fresh(f"{node.name}/moved"), np.array([0, *after.rest], np.int64))
+        if 0 in after.rest or after.rest.count(None) > 1:
+            raise Declined(f"{describe(node)}: the sizes of {node.outputs[0].name} are not known")
+        sizes = [0, *(-1 if size is None else size for size in after.rest)]
+        shape = gs.Constant(self.names.fresh(f"{node.name}/moved"), np.array(sizes, np.int64))
 
         def edit() -> None:
             node.op, node.attrs = "Reshape", {}
@@ -188,16 +199,30 @@ class _Mover:
             self._layout(node, index)
         return self._axis(node)
 
+    def _gather(self, node: gs.Node) -> Edit:
+        """Rows of a table for ids of whatever shape, or entries along an axis that is not that of samples."""
+        if node.inputs[0].name in self.known:
+            if node.inputs[1].name in self.known:
+                raise Declined(f"{describe(node)}: {node.inputs[1].name} differs from sample to sample")
+            return self._axis(node)
+        return lambda: None  # where samples are in its output was found, so its axis is 0
+
     def _expand(self, node: gs.Node) -> Edit:
         layout, target = self._layout(node), self.known[node.outputs[0].name]
         if len(layout.sizes) != len(target.sizes):
             raise Declined(f"{describe(node)} adds axes before those of its input")
-        return self._ints(node, 1, [1, *target.rest])
+        sizes = [1 if old == new else new for old, new in zip(layout.rest, target.rest, strict=True)]
+        known = [size for size in sizes if size is not None]
+        if len(known) < len(sizes):
+            raise Declined(f"{describe(node)}: the sizes of {node.outputs[0].name} are not known")
+        return self._ints(node, 1, [1, *known])
 
     def _shape(self, node: gs.Node) -> Edit:
-        """The sizes the tensor had: those that all samples have in common, and N times outer and inner."""
+        """The sizes the tensor had: N times outer and inner, and those of its other axes."""
         layout, name = self._layout(node), node.name
         entries = list(enumerate(layout.sizes))[slice(node.attrs.get("start", 0), node.attrs.get("end"))]
+        if not entries:
+            raise Declined(f"{describe(node)} asks for no size")
 
         def edit() -> None:
             made: list[gs.Node] = []
@@ -210,13 +235,16 @@ class _Mover:
             def number(size: int) -> gs.Constant:
                 return gs.Constant(self.names.fresh(f"{name}/size"), np.array([size], np.int64))
 
+            def size_at(axis: int) -> gs.Tensor:
+                return write("Shape", [node.inputs[0]], start=axis, end=axis + 1)
+
             parts: list[gs.Tensor] = []
             for axis, size in entries:
-                if axis != layout.place.axis:
-                    parts.append(number(size))
-                    continue
-                samples = write("Shape", [node.inputs[0]], start=0, end=1)
-                parts.append(write("Mul", [samples, number(size)]) if size > 1 else samples)
+                if axis == layout.place.axis:
+                    samples = size_at(0)
+                    parts.append(samples if size == 1 else write("Mul", [samples, number(size or 0)]))
+                else:
+                    parts.append(number(size) if size is not None else size_at(layout.axes[axis][0]))
             node.op, node.attrs = "Concat", {"axis": 0}
             set_inputs(node, parts)
             self.new[id(node)] = (made, [])
@@ -225,9 +253,10 @@ class _Mover:
 
     # ---- what computes ---------------------------------------------------------------------------------------------
     def _broadcast(self, node: gs.Node) -> Edit:
+        """Operands that are the same for all samples have size 1 beside them, and get as many axes as stay there."""
         out = self.known[node.outputs[0].name]
         rank, at = len(out.sizes), out.place.axis
-        constants: dict[int, gs.Constant] = {}
+        changed: dict[int, tuple[int, list[int]]] = {}  # operand -> (its axis beside samples, the new shape of it)
         for index, tensor in enumerate(node.inputs):
             if tensor.is_empty():
                 continue
@@ -237,19 +266,41 @@ class _Mover:
                 continue
             if tensor.shape is None:
                 raise Declined(f"{describe(node)}: the rank of {tensor.name} is not known")
-            there = len(tensor.shape) - (rank - at)  # which axis of the operand is broadcast over samples
+            there = len(tensor.shape) - (rank - at)
             if there < 0:
                 continue
-            if not isinstance(tensor, gs.Constant) or tensor.shape[there] != 1:
-                raise Declined(f"{describe(node)}: {tensor.name} has an axis beside samples")
-            shape = [*tensor.shape[:there], *[1] * len(out.axes[at]), *tensor.shape[there + 1 :]]
-            constants[index] = gs.Constant(self.names.fresh(f"{node.name}/moved"), tensor.values.reshape(shape))
+            if tensor.shape[there] != 1:
+                raise Declined(
+                    f"{describe(node)}: {tensor.name}, the same for all samples, has entries along their axis"
+                )
+            if len(out.axes[at]) != 1:
+                changed[index] = (there, [1] * len(out.axes[at]))
 
         def edit() -> None:
-            for index, constant in constants.items():
-                set_input(node, index, constant)
+            made: list[gs.Node] = []
+            for index, (there, ones) in changed.items():
+                tensor = node.inputs[index]
+                shape = [*tensor.shape[:there], *ones, *tensor.shape[there + 1 :]]
+                name = self.names.fresh(f"{node.name}/moved")
+                if isinstance(tensor, gs.Constant):
+                    set_input(node, index, gs.Constant(name, tensor.values.reshape(shape)))
+                    continue
+                op, axis = ("Unsqueeze", there) if ones else ("Squeeze", there)
+                axes = gs.Constant(self.names.fresh(f"{name}/axes"), np.array([axis], np.int64))
+                moved = gs.Variable(f"{name}/output", tensor.dtype, shape)
+                made.append(gs.Node(op, name, {}, [tensor, axes], [moved]))
+                set_input(node, index, moved)
+            if made:
+                self.new[id(node)] = (made, [])
 
         return edit
+
+    def _scaled(self, node: gs.Node) -> Edit:
+        """QuantizeLinear, DequantizeLinear by one scale."""
+        scales = [value(node, index) for index in range(1, len(node.inputs))]
+        if any(scale is None or scale.size != 1 for scale in scales):
+            raise Declined(f"{describe(node)} has a scale for each entry of an axis")
+        return lambda: None
 
     def _linear(self, node: gs.Node) -> Edit:
         layout = self._layout(node)
@@ -292,16 +343,20 @@ _EDITS: dict[str, Callable[[_Mover, gs.Node], Edit]] = {
     "Transpose": _Mover._transpose,
     **dict.fromkeys(["Reshape", "Flatten"], _Mover._reshape),
     **dict.fromkeys(["Squeeze", "Unsqueeze"], _Mover._squeeze),
-    **dict.fromkeys(["Gather", "Split", "Softmax", "LogSoftmax", "Hardmax"], _Mover._axis),
+    **dict.fromkeys(["Split", "Softmax", "LogSoftmax", "Hardmax"], _Mover._axis),
+    "Gather": _Mover._gather,
     "Concat": _Mover._concat,
     "Slice": _Mover._slice,
     "Expand": _Mover._expand,
     "Shape": _Mover._shape,
     "Linear": _Mover._linear,
     "MatMul": _Mover._matmul,
-    "LayerNormalization": _Mover._layernorm,
+    **dict.fromkeys(["LayerNormalization", "RmsNorm"], _Mover._layernorm),
+    **dict.fromkeys(["QuantizeLinear", "DequantizeLinear"], _Mover._scaled),
     **dict.fromkeys(
-        ["ReduceSum", "ReduceMean", "ReduceMax", "ReduceMin", "ReduceL1", "ReduceL2", "ReduceProd", "ReduceSumSquare"],
+        """ReduceSum ReduceMean ReduceMax ReduceMin ReduceL1 ReduceL2 ReduceProd ReduceSumSquare ReduceLogSum
+        ReduceLogSumExp""".split(),  # noqa: SIM905
         _Mover._reduce,
     ),
 }
+_SEVERAL = frozenset(["Gather", "Concat", "MatMul"])  # of whose inputs several may have samples

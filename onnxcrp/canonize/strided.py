@@ -10,10 +10,13 @@ from math import prod
 from typing import NamedTuple
 
 import numpy as np
+import onnx
 import onnx_graphsurgeon as gs
 
 from onnxcrp.canonize.edit import Names, describe, insert, producer, prune, set_inputs, value
 from onnxcrp.canonize.report import PassReport
+
+_WIDE = (onnx.TensorProto.INT64, onnx.TensorProto.INT32, np.int64, np.int32)  # types that no count of samples leaves
 
 
 class Steps(NamedTuple):
@@ -81,9 +84,9 @@ def _steps(tensor: gs.Tensor) -> Steps | None:
         return None
     if node.op == "Range":
         like, start, delta = _counted(node.inputs[1]), value(node, 0), value(node, 2)
-        from_zero = start is not None and delta is not None and (int(start), int(delta)) == (0, 1)
+        from_zero = start is not None and delta is not None and (start.item(), delta.item()) == (0, 1)
         return Steps(1, np.zeros(1, np.int64), like) if from_zero and like is not None else None
-    if node.op in ("Cast", "Identity"):
+    if node.op == "Identity" or (node.op == "Cast" and node.attrs.get("to") in _WIDE):
         return _steps(node.inputs[0])
     if node.op == "Unsqueeze":
         found, axes = _steps(node.inputs[0]), value(node, 1)
