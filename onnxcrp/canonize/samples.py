@@ -88,8 +88,8 @@ def _shapes_for(graph: gs.Graph, batch: int) -> Shapes:
         model = onnx.shape_inference.infer_shapes(model, data_prop=True)
     except Exception:  # onnx raises several kinds, and nothing is wrong where it cannot tell
         return {}
-    ports_known = described((*model.graph.value_info, *model.graph.output, *model.graph.input))
-    return {name: each.sizes for name, each in ports_known.items()}
+    found = described((*model.graph.value_info, *model.graph.output, *model.graph.input))
+    return {name: each.sizes for name, each in found.items()}
 
 
 def grown(shapes: tuple[Shapes, Shapes]) -> dict[str, tuple[int, tuple[int | None, ...]]]:
@@ -144,8 +144,8 @@ def _place(node: gs.Node, axis: int, sizes: Sequence[int | None], known: Mapping
         return _gathered(node, known)
     if node.op.startswith("Reduce"):
         gone = [] if node.attrs.get("keepdims", 1) else reduced(node, rank) or []
-        return first._replace(axis=first.axis - sum(each < first.axis for each in gone))
-    alike = all(each.place == first for each in inputs) and len(sizes) == rank
+        return first._replace(axis=first.axis - sum(before < first.axis for before in gone))
+    alike = all(layout.place == first for layout in inputs) and len(sizes) == rank
     return first if alike and node.op not in _SHUFFLE else None
 
 

@@ -211,9 +211,8 @@ class _Mover:
         layout, target = self._layout(node), self.known[node.outputs[0].name]
         if len(layout.sizes) != len(target.sizes):
             raise Declined(f"{describe(node)} adds axes before those of its input")
-        sizes = [1 if old == new else new for old, new in zip(layout.rest, target.rest, strict=True)]
-        known = [size for size in sizes if size is not None]
-        if len(known) < len(sizes):
+        known = [size for size in target.rest if size is not None]
+        if len(known) < len(target.rest):
             raise Declined(f"{describe(node)}: the sizes of {node.outputs[0].name} are not known")
         return self._ints(node, 1, [1, *known])
 
