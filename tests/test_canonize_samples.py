@@ -352,6 +352,35 @@ def test_tokens_with_time_first() -> None:
     assert "Transpose" not in ops(canonical)
 
 
+TIME_FIRST = {
+    "a token for every sample": """s = Shape<start=1,end=2>(t)  size = Concat<axis=0>(one, s, six)
+        e = Expand(token, size)  c = Concat<axis=0>(e, t)""",
+    "a state that starts as zeros": """s = Shape<start=1,end=2>(t)  size = Concat<axis=0>(one, s, six)
+        h = ConstantOfShape(size)  first = Gather<axis=0>(t, zero)  r = Add(h, first)  c = Concat<axis=0>(r, t)""",
+    "zeros as rows beside the batch": """s = Shape<start=1,end=2>(t)  ten = Mul(s, five)
+        size = Concat<axis=0>(ten, six)  h = ConstantOfShape(size)  rows = Reshape(x, flat)  r = Add(h, rows)
+        p = Reshape(r, parted)  c = Transpose<perm=[1,0,2]>(p)""",
+    "operands of lower rank": "m = ReduceMean<keepdims=0>(x, one)  c = Sub(t, m)",
+}
+
+
+@pytest.mark.parametrize("case", TIME_FIRST)
+def test_time_first(case: str) -> None:
+    model = parse(
+        f"""net (float[N,5,6] x) => (float[N,4] y) {{ t = Transpose<perm=[1,0,2]>(x)  {TIME_FIRST[case]}
+            l = MatMul(c, w)  n = Relu(l)  k = ReduceMean<keepdims=0>(n, nil)  y = Identity(k) }}""",
+        one=np.array([1]), six=np.array([6]), five=np.array([5]), zero=np.array(0), nil=np.array([0]), w=random(6, 4),
+        token=random(1, 1, 6), flat=np.array([-1, 6]), parted=np.array([-1, 5, 6]),
+    )  # fmt: skip
+    for node in model.graph.node:
+        node.name = node.output[0]
+    canonical = check(model, size=3)
+    assert not said(canonical, "samples first")
+    assert Facts(canonical).shares_forward
+    x = np.random.default_rng(3).normal(size=(3, 5, 6)).astype(np.float32)
+    alone_and_together(Explainer(model, "epsilon"), x, "l", 4)
+
+
 def test_one_scale_for_all() -> None:
     model = parse(
         """net (float[N,5,6] x) => (float[N,5,6] y) { t = Transpose<perm=[1,0,2]>(x)  q = QuantizeLinear(t, scale, zero)

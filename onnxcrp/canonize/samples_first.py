@@ -7,7 +7,7 @@ pass. Numbers stay the same: axes are renumbered, every operator computes what i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 
 import numpy as np
@@ -28,6 +28,10 @@ from onnxcrp.canonize.samples import (
 )
 
 Edit = Callable[[], None]
+
+
+def _nothing() -> None:
+    """The edit of what may stay as it is."""
 
 
 def samples_first(graph: gs.Graph) -> PassReport:
@@ -141,10 +145,27 @@ class _Mover:
             raise Declined(f"{describe(node)}: {tensor.name} is the same for all samples")
         return self.known[tensor.name]
 
+    def _constant(self, node: gs.Node, values: Sequence[int]) -> gs.Constant:
+        return gs.Constant(self.names.fresh(f"{node.name}/moved"), np.array(values, np.int64))
+
     def _ints(self, node: gs.Node, index: int, values: list[int]) -> Edit:
         """Input `index` becomes a constant."""
-        constant = gs.Constant(self.names.fresh(f"{node.name}/moved"), np.array(values, np.int64))
-        return lambda: set_input(node, index, constant)
+        return lambda: set_input(node, index, self._constant(node, values))
+
+    def _write(self, node: gs.Node, op: str, inputs: list[gs.Tensor], **attrs: int) -> gs.Variable:
+        """A new node before this one; its output, integers unless it is said otherwise."""
+        name = self.names.fresh(f"{node.name}/{op}")
+        out = gs.Variable(self.names.fresh(f"{name}_output"), np.dtype(np.int64))
+        self.new.setdefault(id(node), ([], []))[0].append(gs.Node(op, name, attrs, inputs, [out]))
+        return out
+
+    @staticmethod
+    def _together(*edits: Edit) -> Edit:
+        def edit() -> None:
+            for each in edits:
+                each()
+
+        return edit
 
     def _axis(self, node: gs.Node) -> Edit:
         """The attribute `axis`, which must not be that of samples."""
@@ -168,11 +189,10 @@ class _Mover:
         if 0 in after.rest or after.rest.count(None) > 1:
             raise Declined(f"{describe(node)}: the sizes of {node.outputs[0].name} are not known")
         sizes = [0, *(-1 if size is None else size for size in after.rest)]
-        shape = gs.Constant(self.names.fresh(f"{node.name}/moved"), np.array(sizes, np.int64))
 
         def edit() -> None:
             node.op, node.attrs = "Reshape", {}
-            set_inputs(node, [node.inputs[0], shape])
+            set_inputs(node, [node.inputs[0], self._constant(node, sizes)])
 
         return edit
 
@@ -205,92 +225,103 @@ class _Mover:
             if node.inputs[1].name in self.known:
                 raise Declined(f"{describe(node)}: {node.inputs[1].name} differs from sample to sample")
             return self._axis(node)
-        return lambda: None  # where samples are in its output was found, so its axis is 0
+        return _nothing  # where samples are in its output was found, so its axis is 0
 
     def _expand(self, node: gs.Node) -> Edit:
-        layout, target = self._layout(node), self.known[node.outputs[0].name]
-        if len(layout.sizes) != len(target.sizes):
-            raise Declined(f"{describe(node)} adds axes before those of its input")
-        known = [size for size in target.rest if size is not None]
-        if len(known) < len(target.rest):
+        """Copies along other axes, or of what is the same for all samples as often as there are samples."""
+        out = self.known[node.outputs[0].name]
+        known = [size for size in out.rest if size is not None]
+        if len(known) < len(out.rest):
             raise Declined(f"{describe(node)}: the sizes of {node.outputs[0].name} are not known")
+        if node.inputs[0].name not in self.known:
+            return self._together(self._operand(node, 0, out), self._to_sizes(node, 1, out, known))
+        if len(self.known[node.inputs[0].name].sizes) != len(out.sizes):
+            raise Declined(f"{describe(node)} adds axes before those of its input")
         return self._ints(node, 1, [1, *known])
+
+    def _filled(self, node: gs.Node) -> Edit:
+        """ConstantOfShape."""
+        out = self.known[node.outputs[0].name]
+        known = [size for size in out.rest if size is not None]
+        if len(known) < len(out.rest):
+            raise Declined(f"{describe(node)}: the sizes of {node.outputs[0].name} are not known")
+        return self._to_sizes(node, 0, out, known)
+
+    def _to_sizes(self, node: gs.Node, index: int, out: Layout, rest: list[int]) -> Edit:
+        """Input `index`, the sizes of the output as the run computes them, becomes [N, *rest]."""
+        axis, outer, inner = out.place
+        if node.inputs[index].shape != [len(out.sizes)]:
+            raise Declined(f"{describe(node)}: how many axes {node.inputs[index].name} counts is not known")
+
+        def edit() -> None:
+            samples = self._write(node, "Gather", [node.inputs[index], self._constant(node, [axis])], axis=0)
+            if outer * inner > 1:
+                samples = self._write(node, "Div", [samples, self._constant(node, [outer * inner])])
+            set_input(node, index, self._write(node, "Concat", [samples, self._constant(node, rest)], axis=0))
+
+        return edit
 
     def _shape(self, node: gs.Node) -> Edit:
         """The sizes the tensor had: N times outer and inner, and those of its other axes."""
-        layout, name = self._layout(node), node.name
+        layout = self._layout(node)
         entries = list(enumerate(layout.sizes))[slice(node.attrs.get("start", 0), node.attrs.get("end"))]
         if not entries:
             raise Declined(f"{describe(node)} asks for no size")
 
+        def size_at(axis: int) -> gs.Tensor:
+            return self._write(node, "Shape", [node.inputs[0]], start=axis, end=axis + 1)
+
+        def part(axis: int, size: int | None) -> gs.Tensor:
+            if axis != layout.place.axis:
+                return self._constant(node, [size]) if size is not None else size_at(layout.axes[axis][0])
+            each = layout.place.outer * layout.place.inner
+            return size_at(0) if each == 1 else self._write(node, "Mul", [size_at(0), self._constant(node, [each])])
+
         def edit() -> None:
-            made: list[gs.Node] = []
-
-            def write(op: str, inputs: list[gs.Tensor], **attrs: int) -> gs.Tensor:
-                out = gs.Variable(self.names.fresh(f"{name}/{op}_output"), np.dtype(np.int64), [1])
-                made.append(gs.Node(op, self.names.fresh(f"{name}/{op}"), attrs, inputs, [out]))
-                return out
-
-            def number(size: int) -> gs.Constant:
-                return gs.Constant(self.names.fresh(f"{name}/size"), np.array([size], np.int64))
-
-            def size_at(axis: int) -> gs.Tensor:
-                return write("Shape", [node.inputs[0]], start=axis, end=axis + 1)
-
-            parts: list[gs.Tensor] = []
-            for axis, size in entries:
-                if axis == layout.place.axis:
-                    samples = size_at(0)
-                    parts.append(samples if size == 1 else write("Mul", [samples, number(size or 0)]))
-                else:
-                    parts.append(number(size) if size is not None else size_at(layout.axes[axis][0]))
+            parts = [part(axis, size) for axis, size in entries]
             node.op, node.attrs = "Concat", {"axis": 0}
             set_inputs(node, parts)
-            self.new[id(node)] = (made, [])
 
         return edit
 
     # ---- what computes ---------------------------------------------------------------------------------------------
     def _broadcast(self, node: gs.Node) -> Edit:
-        """Operands that are the same for all samples have size 1 beside them, and get as many axes as stay there."""
         out = self.known[node.outputs[0].name]
-        rank, at = len(out.sizes), out.place.axis
-        changed: dict[int, tuple[int, list[int]]] = {}  # operand -> (its axis beside samples, the new shape of it)
-        for index, tensor in enumerate(node.inputs):
-            if tensor.is_empty():
-                continue
-            if tensor.name in self.known:
-                if len(self.known[tensor.name].sizes) != rank:
-                    raise Declined(f"{describe(node)}: its operands differ in rank")
-                continue
-            if tensor.shape is None:
-                raise Declined(f"{describe(node)}: the rank of {tensor.name} is not known")
-            there = len(tensor.shape) - (rank - at)
-            if there < 0:
-                continue
-            if tensor.shape[there] != 1:
-                raise Declined(
-                    f"{describe(node)}: {tensor.name}, the same for all samples, has entries along their axis"
-                )
-            if len(out.axes[at]) != 1:
-                changed[index] = (there, [1] * len(out.axes[at]))
+        given = [index for index, tensor in enumerate(node.inputs) if not tensor.is_empty()]
+        return self._together(*(self._operand(node, index, out) for index in given))
+
+    def _operand(self, node: gs.Node, index: int, out: Layout) -> Edit:
+        """An operand gets an axis for each that the output has there: those it lacks have size 1.
+
+        One that is the same for all samples has size 1 beside them, which goes, or becomes two.
+        """
+        tensor, rank = node.inputs[index], len(out.sizes)
+        if tensor.name in self.known:
+            lacking = rank - len(self.known[tensor.name].sizes)  # all of them before the axis of samples
+            return self._reshaped(node, index, "Unsqueeze", list(range(1, lacking + 1))) if lacking else _nothing
+        if tensor.shape is None:
+            raise Declined(f"{describe(node)}: the rank of {tensor.name} is not known")
+        beside = len(tensor.shape) - (rank - out.place.axis)
+        count = len(out.axes[out.place.axis])
+        if beside < 0 or (count == 1 and tensor.shape[beside] == 1):
+            return _nothing
+        if tensor.shape[beside] != 1:
+            raise Declined(f"{describe(node)}: {tensor.name}, the same for all samples, has entries along their axis")
+        return self._reshaped(node, index, "Unsqueeze" if count else "Squeeze", [beside])
+
+    def _reshaped(self, node: gs.Node, index: int, op: str, axes: list[int]) -> Edit:
+        """Squeeze or Unsqueeze of an operand, at once if it is a constant."""
+        change = np.expand_dims if op == "Unsqueeze" else np.squeeze
 
         def edit() -> None:
-            made: list[gs.Node] = []
-            for index, (there, ones) in changed.items():
-                tensor = node.inputs[index]
-                shape = [*tensor.shape[:there], *ones, *tensor.shape[there + 1 :]]
-                name = self.names.fresh(f"{node.name}/moved")
-                if isinstance(tensor, gs.Constant):
-                    set_input(node, index, gs.Constant(name, tensor.values.reshape(shape)))
-                    continue
-                op, axis = ("Unsqueeze", there) if ones else ("Squeeze", there)
-                axes = gs.Constant(self.names.fresh(f"{name}/axes"), np.array([axis], np.int64))
-                moved = gs.Variable(f"{name}/output", tensor.dtype, shape)
-                made.append(gs.Node(op, name, {}, [tensor, axes], [moved]))
+            tensor = node.inputs[index]
+            if isinstance(tensor, gs.Constant):
+                values = change(tensor.values, tuple(axes))
+                set_input(node, index, gs.Constant(self.names.fresh(f"{node.name}/moved"), values))
+            else:
+                moved = self._write(node, op, [tensor, self._constant(node, axes)])
+                moved.dtype, moved.shape = tensor.dtype, None
                 set_input(node, index, moved)
-            if made:
-                self.new[id(node)] = (made, [])
 
         return edit
 
@@ -299,13 +330,13 @@ class _Mover:
         scales = [value(node, index) for index in range(1, len(node.inputs))]
         if any(scale is None or scale.size != 1 for scale in scales):
             raise Declined(f"{describe(node)} has a scale for each entry of an axis")
-        return lambda: None
+        return _nothing
 
     def _linear(self, node: gs.Node) -> Edit:
         layout = self._layout(node)
         if layout.place.axis == len(layout.sizes) - 1:
             raise Declined(f"{describe(node)} works along the axis of samples")
-        return lambda: None
+        return _nothing
 
     def _matmul(self, node: gs.Node) -> Edit:
         """Samples on an axis before the matrices, or among the rows of the left one where the right one is all."""
@@ -321,7 +352,7 @@ class _Mover:
             fits = ranks[0] == 2 and before_matrices
         if not fits:
             raise Declined(f"{describe(node)}: samples are among the entries of its matrices")
-        return lambda: None
+        return _nothing
 
     def _layernorm(self, node: gs.Node) -> Edit:
         layout = self._layout(node)
@@ -347,6 +378,7 @@ _EDITS: dict[str, Callable[[_Mover, gs.Node], Edit]] = {
     "Concat": _Mover._concat,
     "Slice": _Mover._slice,
     "Expand": _Mover._expand,
+    "ConstantOfShape": _Mover._filled,
     "Shape": _Mover._shape,
     "Linear": _Mover._linear,
     "MatMul": _Mover._matmul,
