@@ -98,7 +98,10 @@ def slope(values: Sequence[float], costs: Sequence[float]) -> float:
 
 
 def index_rate(few: int, many: int) -> dict[str, Any]:
-    """CPU seconds of one more sample in an index of all layers of ResNet-50, start-up taken out; and of a merge."""
+    """CPU seconds of one more sample in an index of all layers of ResNet-50, start-up taken out; and of a merge.
+
+    Batches are of `few` samples in both, of which `many` is a multiple: the first one of a size costs much more.
+    """
     from onnxcrp.index import build, merge
 
     model, draw = plain.resnet50(), np.random.default_rng(0)
@@ -113,7 +116,7 @@ def index_rate(few: int, many: int) -> dict[str, Any]:
                 str(folder / f"{count}.npy"),
                 folder / f"index{count}",
                 target="predicted",
-                batch_size=16,
+                batch_size=few,
                 threads=1,
             )
             seconds.append(time.process_time() - start)
