@@ -283,13 +283,11 @@ class _Writer:
         op, facts = self.op, self.facts
         if not self.started:
             explained = self._float(facts.explained)
-            explained_dims = dims(facts.tensors[facts.explained])
-            target = self._add_input(self.target or "target", explained_dims)
+            target = self._add_input(self.target or "target", dims(facts.tensors[facts.explained]))
             with op.scope("R", "seed"):
                 how = self.composite.seed
                 if how == "one":  # a message has the batch of the forward pass or more
-                    samples = op.shape(explained, 0, 1)
-                    R = op.Expand(target, op.Concat(samples, [1] * (len(explained_dims) - 1), axis=0))
+                    R = op.Expand(target, op.shape(explained))
                 else:
                     R = target * (op.Abs(explained) if how == "abs" else explained)
             self.messages[facts.explained] = [R]
@@ -477,8 +475,8 @@ class _Writer:
         if not self.per_sample:
             return None
         layout = self.facts.places.get(tensor)
-        merged = layout is not None and layout.place.outer * layout.place.inner > 1
-        if tensor in self.facts.unplaced or (merged and layout is not None and None in layout.sizes):
+        open_sizes = layout is not None and layout.place.each > 1 and None in layout.sizes
+        if open_sizes or tensor in self.facts.unplaced:
             raise QuestionError(
                 f"in what order {self.layer_name(tensor)} holds its samples is not known",
                 hint="ask about a layer before or after it",
@@ -494,7 +492,7 @@ class _Writer:
         if layout is None:
             return value
         op, (axis, outer, inner), sizes = self.op, layout.place, layout.sizes
-        if outer * inner == 1:
+        if layout.place.each == 1:
             return op.Transpose(value, perm=[axis, *(i for i in range(len(sizes)) if i != axis)])
         value = op.Reshape(value, [*sizes[:axis], outer, -1, inner, *sizes[axis + 1 :]])
         value = op.Transpose(value, perm=[axis + 1, *(i for i in range(len(sizes) + 2) if i != axis + 1)])
@@ -506,9 +504,9 @@ class _Writer:
         if layout is None:
             return value
         op, (axis, outer, inner), sizes = self.op, layout.place, layout.sizes
-        if outer * inner == 1:
+        if layout.place.each == 1:
             return op.Transpose(value, perm=[*range(1, axis + 1), 0, *range(axis + 1, len(sizes))])
-        samples = op.Div(op.shape(op.value(self.tensor[tensor]), axis, axis + 1), [outer * inner])
+        samples = op.Div(op.shape(op.value(self.tensor[tensor]), axis, axis + 1), [layout.place.each])
         value = op.Expand(value, op.Concat(samples, layout.rest, axis=0))
         value = op.Reshape(value, [-1, *sizes[:axis], outer, inner, *sizes[axis + 1 :]])
         value = op.Transpose(value, perm=[*range(1, axis + 2), 0, *range(axis + 2, len(sizes) + 2)])

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from onnxcrp.canonize.samples import BATCHES, FIRST, Layout, Shapes, places, two_batches
 from onnxcrp.errors import CompositeError, QuestionError, UnsupportedError
 from onnxcrp.ops import CARRIES_NONE, KEEPS, NONNEGATIVE, OPS
 from onnxcrp.ops.rearrange import leaves_batch
@@ -16,7 +17,6 @@ from onnxcrp.ops.registry import about
 
 if TYPE_CHECKING:
     from onnxcrp.canonize import Canonical
-    from onnxcrp.canonize.samples import Layout, Shapes
     from onnxcrp.names import Names
 
 LINEAR_FAMILIES = ("convolution", "dense")
@@ -308,8 +308,6 @@ class Facts:
     @cached_property
     def places(self) -> dict[str, Layout]:
         """Where samples are in the tensors that do not have them on axis 0 alone."""
-        from onnxcrp.canonize.samples import FIRST, places
-
         if not self.batch_breaks or self.canonical.batch == "fixed":
             return {}
         known = places(self.graph, self._two_batches)
@@ -320,17 +318,14 @@ class Facts:
         """Tensors of which it is not known where samples are; all others are in `places` or have them on axis 0."""
         if not self.batch_breaks or self.canonical.batch == "fixed":
             return set()
-        from onnxcrp.canonize.samples import BATCHES
+        return {name for name in self.data - self.places.keys() if not self._counts_samples(name)}
 
-        shapes = list(zip(self._two_batches, BATCHES, strict=True))
-        first = {name for name in self.data if all((known.get(name) or [0])[0] == size for known, size in shapes)}
-        return self.data - first - self.places.keys()
+    def _counts_samples(self, name: str) -> bool:
+        """Whether axis 0 of a tensor has the size of the batch, for two sizes of it, as far as onnx can tell."""
+        return all((known.get(name) or [0])[0] == size for known, size in zip(self._two_batches, BATCHES, strict=True))
 
     @cached_property
     def _two_batches(self) -> tuple[Shapes, Shapes]:
-        """Shapes of all tensors for two sizes of the batch, as far as onnx can tell."""
-        from onnxcrp.canonize.samples import two_batches
-
         return two_batches(self.graph)
 
     def seen(self, name: str) -> list[Any]:
@@ -398,12 +393,8 @@ class Facts:
         rest = [before[1:], after[1:]]
         if all(isinstance(d, int) for side in rest for d in side):
             return None if np.prod(rest[0]) == np.prod(rest[1]) else "merges axis 0 with others"
-        if self.canonical.batch != "fixed":  # axis 0 has the size of the batch on both sides, whatever that is
-            from onnxcrp.canonize.samples import BATCHES
-
-            shapes = zip(self._two_batches, BATCHES, strict=True)
-            if all((known.get(t.name) or [0])[0] == size for known, size in shapes for t in (source, result)):
-                return None
+        if self.canonical.batch != "fixed" and all(map(self._counts_samples, (source.name, result.name))):
+            return None
         if isinstance(shape, gs.Constant) and int(shape.values.reshape(-1)[0]) == -1:
             return "may merge axis 0 with others"
         return None if after and after[0] == before[0] else "may merge axis 0 with others"

@@ -240,6 +240,12 @@ def test_the_last_states_viewed_as_rows(kind: str, dynamo: bool, tmp_path: Path)
     assert not Facts(canonize(tmp_path / "net.onnx")).shares_forward
 
 
+def named(model: onnx.ModelProto) -> None:
+    """Call nodes after what they write, so that layers are found by it."""
+    for node in model.graph.node:
+        node.name = node.output[0]
+
+
 # ---- attention as it is written --------------------------------------------------------------------------------------
 ATTENTION = """net (float[N,5,6] x) => (float[N,3] y) {
     t = Transpose<perm=[1,0,2]>(x)  q = MatMul(t, wq)  k = MatMul(t, wk)  v = MatMul(t, wv)
@@ -260,8 +266,7 @@ SHAPES = {
 def attention() -> onnx.ModelProto:
     weights = {name: random(6, 6, seed=i) for i, name in enumerate(("wq", "wk", "wv", "wo"))}
     model = parse(ATTENTION, **weights, head=random(6, 3), **SHAPES)
-    for node in model.graph.node:
-        node.name = node.output[0]
+    named(model)
     return model
 
 
@@ -305,8 +310,7 @@ def test_attention_over_any_number_of_tokens() -> None:
             m = ReduceMean<keepdims=0>(r, zeroth)  y = MatMul(m, v) }""",
         w=random(6, 4), v=random(4, 3), zeroth=np.array([0]),
     )  # fmt: skip
-    for node in model.graph.node:
-        node.name = node.output[0]
+    named(model)
     assert Facts(check(model, size=3)).shares_forward
     x = np.random.default_rng(3).normal(size=(3, 5, 6)).astype(np.float32)
     alone_and_together(Explainer(model, "epsilon"), x, "q", 4)
@@ -372,8 +376,7 @@ def test_time_first(case: str) -> None:
         one=np.array([1]), six=np.array([6]), five=np.array([5]), zero=np.array(0), nil=np.array([0]), w=random(6, 4),
         token=random(1, 1, 6), flat=np.array([-1, 6]), parted=np.array([-1, 5, 6]),
     )  # fmt: skip
-    for node in model.graph.node:
-        node.name = node.output[0]
+    named(model)
     canonical = check(model, size=3)
     assert not said(canonical, "samples first")
     assert Facts(canonical).shares_forward
@@ -419,8 +422,7 @@ def clip(order: str) -> onnx.ModelProto:
         merged=np.array([-1, 3, 6, 6]), spatial=np.array([2, 3]), back=np.array([-1, 4, 5]), forth=np.array([4, -1, 5]),
         first=np.array([1]), zeroth=np.array([0]), w=random(5, 3, 3, 3), b=random(5), v=random(5, 2),
     )  # fmt: skip
-    for node in model.graph.node:
-        node.name = node.output[0]
+    named(model)
     return model
 
 
@@ -457,8 +459,7 @@ def test_a_layer_whose_samples_cannot_be_found() -> None:
             d = GatherElements<axis=0>(rows, at)  z = MatMul(d, w)  y = Reshape(z, parted) }""",
         flat=np.array([-1, 3]), parted=np.array([-1, 4]), w=random(3, 2),
     )  # fmt: skip
-    for node in model.graph.node:
-        node.name = node.output[0]
+    named(model)
     explainer = Explainer(model, "epsilon")
     x = {"x": random(1, 2, 3), "i": np.array([[0, 1, 0, 1, 1, 0]])}
     assert explainer.explain(x, 1, seed="abs").relevance["x"].any()

@@ -43,6 +43,11 @@ class Place(NamedTuple):
     outer: int = 1
     inner: int = 1
 
+    @property
+    def each(self) -> int:
+        """How many entries of the axis a sample has."""
+        return self.outer * self.inner
+
 
 FIRST = Place()
 
@@ -112,13 +117,11 @@ def places(graph: gs.Graph, shapes: tuple[Shapes, Shapes]) -> dict[str, Layout]:
     axes = grown(shapes)
     known = {t.name: Layout(FIRST, axes[t.name][1]) for t in graph.inputs if axes.get(t.name, (1,))[0] == 0}
     for node in graph.nodes:
-        lost = any(tensor.name in axes.keys() - known.keys() for tensor in node.inputs)
+        lost = any(tensor.name in axes and tensor.name not in known for tensor in node.inputs)
         for name in [tensor.name for tensor in node.outputs if tensor.name in axes]:
             axis, sizes = axes[name]
-            place = _place(node, axis, sizes, known)
-            if lost:  # a model that mixes samples: [N, ...] is taken for what it says
-                place = FIRST if (axis, sizes[axis]) == (0, 1) else None
-            if place is not None and (place.axis, place.outer * place.inner) == (axis, sizes[axis]):
+            place = FIRST if lost else _place(node, axis, sizes, known)  # mixed samples: [N, ...] is what it says
+            if place is not None and (place.axis, place.each) == (axis, sizes[axis]):
                 known[name] = Layout(place, sizes)
     return known
 

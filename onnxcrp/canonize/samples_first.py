@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from math import prod
+from typing import Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnxcrp.canonize.build import Declined
-from onnxcrp.canonize.edit import Names, describe, given, insert, pinned, prune, set_input, set_inputs, value
+from onnxcrp.canonize.build import Build, Declined
+from onnxcrp.canonize.edit import describe, given, insert, pinned, prune, set_input, set_inputs, value
 from onnxcrp.canonize.report import PassReport
 from onnxcrp.canonize.samples import (
     FIRST,
@@ -89,7 +90,7 @@ class _Mover:
         self.graph, self.known, self.grown = graph, known, grown
         self.moved = {name: layout for name, layout in known.items() if layout.place != FIRST}
         self.fixed = pinned(graph) | {tensor.name for tensor in graph.inputs}
-        self.names = Names(graph)
+        self.build = Build(graph)
         self.new: dict[int, tuple[list[gs.Node], list[gs.Node]]] = {}
 
     def regions(self) -> list[list[gs.Node]]:
@@ -125,7 +126,7 @@ class _Mover:
         for tensor in (*node.inputs, *node.outputs):
             if tensor.name in self.moved and tensor.name in self.fixed:
                 raise Declined(f"{tensor.name} is an input or output, or a subgraph reads it")
-        lost = [t.name for t in node.inputs if t.name in self.grown - self.known.keys()]
+        lost = [t.name for t in node.inputs if t.name in self.grown and t.name not in self.known]
         if node.op != "Shape":
             lost += [t.name for t in node.outputs if t.name not in self.known]
         if lost:
@@ -146,18 +147,24 @@ class _Mover:
         return self.known[tensor.name]
 
     def _constant(self, node: gs.Node, values: Sequence[int]) -> gs.Constant:
-        return gs.Constant(self.names.fresh(f"{node.name}/moved"), np.array(values, np.int64))
+        return self.build.constant(list(values), f"{node.name}/moved", np.int64)
 
     def _ints(self, node: gs.Node, index: int, values: list[int]) -> Edit:
         """Input `index` becomes a constant."""
         return lambda: set_input(node, index, self._constant(node, values))
 
-    def _write(self, node: gs.Node, op: str, inputs: list[gs.Tensor], **attrs: int) -> gs.Variable:
+    def _write(self, node: gs.Node, op: str, *inputs: gs.Tensor, **attrs: Any) -> gs.Tensor:
         """A new node before this one; its output, integers unless it is said otherwise."""
-        name = self.names.fresh(f"{node.name}/{op}")
-        out = gs.Variable(self.names.fresh(f"{name}_output"), np.dtype(np.int64))
-        self.new.setdefault(id(node), ([], []))[0].append(gs.Node(op, name, attrs, inputs, [out]))
-        return out
+        self.build.name, self.build.nodes = node.name, self.new.setdefault(id(node), ([], []))[0]
+        return self.build(op, *inputs, dtype=np.int64, **attrs)
+
+    def _rest(self, node: gs.Node) -> list[int]:
+        """The sizes of the output after axis 0, once samples come first."""
+        rest = self.known[node.outputs[0].name].rest
+        known = [size for size in rest if size is not None]
+        if len(known) < len(rest):
+            raise Declined(f"{describe(node)}: the sizes of {node.outputs[0].name} are not known")
+        return known
 
     @staticmethod
     def _together(*edits: Edit) -> Edit:
@@ -230,34 +237,27 @@ class _Mover:
     def _expand(self, node: gs.Node) -> Edit:
         """Copies along other axes, or of what is the same for all samples as often as there are samples."""
         out = self.known[node.outputs[0].name]
-        known = [size for size in out.rest if size is not None]
-        if len(known) < len(out.rest):
-            raise Declined(f"{describe(node)}: the sizes of {node.outputs[0].name} are not known")
         if node.inputs[0].name not in self.known:
-            return self._together(self._operand(node, 0, out), self._to_sizes(node, 1, out, known))
+            return self._together(self._operand(node, 0, out), self._to_sizes(node, 1))
         if len(self.known[node.inputs[0].name].sizes) != len(out.sizes):
             raise Declined(f"{describe(node)} adds axes before those of its input")
-        return self._ints(node, 1, [1, *known])
+        return self._ints(node, 1, [1, *self._rest(node)])
 
     def _filled(self, node: gs.Node) -> Edit:
         """ConstantOfShape."""
-        out = self.known[node.outputs[0].name]
-        known = [size for size in out.rest if size is not None]
-        if len(known) < len(out.rest):
-            raise Declined(f"{describe(node)}: the sizes of {node.outputs[0].name} are not known")
-        return self._to_sizes(node, 0, out, known)
+        return self._to_sizes(node, 0)
 
-    def _to_sizes(self, node: gs.Node, index: int, out: Layout, rest: list[int]) -> Edit:
-        """Input `index`, the sizes of the output as the run computes them, becomes [N, *rest]."""
-        axis, outer, inner = out.place
+    def _to_sizes(self, node: gs.Node, index: int) -> Edit:
+        """Input `index`, the sizes of the output as the run computes them, becomes those with samples first."""
+        out, rest = self.known[node.outputs[0].name], self._rest(node)
         if node.inputs[index].shape != [len(out.sizes)]:
             raise Declined(f"{describe(node)}: how many axes {node.inputs[index].name} counts is not known")
 
         def edit() -> None:
-            samples = self._write(node, "Gather", [node.inputs[index], self._constant(node, [axis])], axis=0)
-            if outer * inner > 1:
-                samples = self._write(node, "Div", [samples, self._constant(node, [outer * inner])])
-            set_input(node, index, self._write(node, "Concat", [samples, self._constant(node, rest)], axis=0))
+            samples = self._write(node, "Gather", node.inputs[index], self._constant(node, [out.place.axis]), axis=0)
+            if out.place.each > 1:
+                samples = self._write(node, "Div", samples, self._constant(node, [out.place.each]))
+            set_input(node, index, self._write(node, "Concat", samples, self._constant(node, rest), axis=0))
 
         return edit
 
@@ -269,13 +269,13 @@ class _Mover:
             raise Declined(f"{describe(node)} asks for no size")
 
         def size_at(axis: int) -> gs.Tensor:
-            return self._write(node, "Shape", [node.inputs[0]], start=axis, end=axis + 1)
+            return self._write(node, "Shape", node.inputs[0], start=axis, end=axis + 1)
 
         def part(axis: int, size: int | None) -> gs.Tensor:
             if axis != layout.place.axis:
                 return self._constant(node, [size]) if size is not None else size_at(layout.axes[axis][0])
-            each = layout.place.outer * layout.place.inner
-            return size_at(0) if each == 1 else self._write(node, "Mul", [size_at(0), self._constant(node, [each])])
+            each = layout.place.each
+            return size_at(0) if each == 1 else self._write(node, "Mul", size_at(0), self._constant(node, [each]))
 
         def edit() -> None:
             parts = [part(axis, size) for axis, size in entries]
@@ -287,8 +287,7 @@ class _Mover:
     # ---- what computes ---------------------------------------------------------------------------------------------
     def _broadcast(self, node: gs.Node) -> Edit:
         out = self.known[node.outputs[0].name]
-        given = [index for index, tensor in enumerate(node.inputs) if not tensor.is_empty()]
-        return self._together(*(self._operand(node, index, out) for index in given))
+        return self._together(*(self._operand(node, i, out) for i, t in enumerate(node.inputs) if not t.is_empty()))
 
     def _operand(self, node: gs.Node, index: int, out: Layout) -> Edit:
         """An operand gets an axis for each that the output has there: those it lacks have size 1.
@@ -317,10 +316,10 @@ class _Mover:
             tensor = node.inputs[index]
             if isinstance(tensor, gs.Constant):
                 values = change(tensor.values, tuple(axes))
-                set_input(node, index, gs.Constant(self.names.fresh(f"{node.name}/moved"), values))
+                set_input(node, index, self.build.constant(values, f"{node.name}/moved"))
             else:
-                moved = self._write(node, op, [tensor, self._constant(node, axes)])
-                moved.dtype, moved.shape = tensor.dtype, None
+                moved = self._write(node, op, tensor, self._constant(node, axes))
+                moved.dtype = tensor.dtype
                 set_input(node, index, moved)
 
         return edit
