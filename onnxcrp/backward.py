@@ -17,6 +17,7 @@ import onnx
 import onnx.version_converter
 import onnx_graphsurgeon as gs
 
+from onnxcrp.biases import into_biases
 from onnxcrp.canonize.edit import collector_paused
 from onnxcrp.composite import Composite, load
 from onnxcrp.errors import CompositeError, QuestionError, UnsupportedError
@@ -213,6 +214,9 @@ class _Writer:
         for name, tensor in self.tensor.items():  # ops that ask a canonical tensor's size get the lowered graph's, too
             if isinstance(tensor, gs.Variable):
                 self.op.value(tensor, nonnegative=name in facts.nonnegative)
+        for node in self.forward_nodes:
+            if node.op == "Relu":
+                self.op.adopt(node)
         self.rules: dict[str, tuple[str, dict[str, Any]]] = {}
         self.relevance: dict[str, Value] = {}  # tensor name -> R, of inputs and recorded layers
         self.messages: dict[str, list[Value]] = {}
@@ -681,6 +685,7 @@ class _Writer:
             node.outputs.append(gs.Variable(name))
             self.op.nodes.append(node)
         nodes = _needed(self.op.nodes, [*own, *outputs])
+        nodes = into_biases(self.op, nodes, self.op.nodes[len(self.forward_nodes) :], [*own, *outputs])
         unasked = [name for name in self.added if name not in {t.name for node in nodes for t in node.inputs}]
         made = gs.Graph(
             nodes=nodes,

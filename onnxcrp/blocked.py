@@ -12,6 +12,7 @@ C, H and W; N may be 1 in some of them. Numbers are broadcast as ever, tensors [
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import tempfile
 from collections import defaultdict
@@ -56,7 +57,7 @@ def start(
         with contextlib.suppress(OSError, ModelError), _file(optimized) as path:
             Session(model, providers, optimized=path, prepack=False, **once)
             graph = onnx.load(path, load_external_data=False)
-            stay_blocked(graph, tensors)
+            stay_blocked(graph, tensors, path.parent)
             path.write_bytes(graph.SerializeToString())
             return Session(path, providers, optimize=False, **options)
     return Session(model, providers, optimize=optimize, optimized=optimized, **options)
@@ -125,23 +126,44 @@ def _counted(node: onnx.NodeProto, found: Mapping[str, Described]) -> bool:
     )
 
 
-def stay_blocked(model: onnx.ModelProto, tensors: Mapping[str, Described]) -> int:
+def stay_blocked(model: onnx.ModelProto, tensors: Mapping[str, Described], folder: Path = Path()) -> int:
     """Change an optimised graph in place so that elementwise nodes between convolutions stay blocked.
 
-    `tensors`: those of the model before it was optimised. Returns how many nodes now take blocked ones.
+    `tensors`: those of the model before it was optimised; `folder`: where its external data lie. Returns how many nodes
+    now take blocked ones.
     """
     if any(attribute.HasField("g") or attribute.graphs for node in model.graph.node for attribute in node.attribute):
         return 0  # subgraphs read tensors unseen
-    return _Rewriter(model.graph, tensors).rewrite()
+    return _Rewriter(model.graph, tensors, folder).rewrite()
+
+
+def _in_blocks(plane: np.ndarray, channels: int) -> np.ndarray:
+    """[1, 1, H, W] the same for all channels, [1, C, H, W] as it lies in memory: [1, C / block, H, W, block]."""
+    _, _, height, width = plane.shape
+    blocks = plane.reshape(1, 1, height, width, 1).repeat(channels // _block(), 1).repeat(_block(), 4)
+    return blocks.reshape(1, channels, height, width)
+
+
+@functools.cache
+def _block() -> int:
+    """How many channels lie together in a blocked tensor on this machine: by so much a channel's second entry moves."""
+    counted = np.arange(2 * CHANNEL_BLOCK, dtype=np.float32).reshape(1, CHANNEL_BLOCK, 1, 2)
+    ports = [onnx.helper.make_tensor_value_info(name, FLOAT, counted.shape) for name in ("usual", "blocked")]
+    node = onnx.helper.make_node("ReorderInput", ["usual"], ["blocked"], domain=NCHWC)
+    imports = [onnx.helper.make_opsetid("", 18), onnx.helper.make_opsetid(NCHWC, 1)]
+    graph = onnx.helper.make_graph([node], "block", ports[:1], ports[1:])
+    session = Session(onnx.helper.make_model(graph, opset_imports=imports, ir_version=10), CPU, optimize=False)
+    return int(np.flatnonzero(session.run({"usual": counted})["blocked"].ravel() == 1)[0])
 
 
 class _Rewriter:
     """One pass over the nodes in order. A tensor may exist blocked, in the usual layout, or both."""
 
-    def __init__(self, graph: onnx.GraphProto, tensors: Mapping[str, Described]) -> None:
-        self.graph, self.tensors = graph, tensors
+    def __init__(self, graph: onnx.GraphProto, tensors: Mapping[str, Described], folder: Path) -> None:
+        self.graph, self.tensors, self.folder = graph, tensors, folder
         fed = {port.name for port in graph.input}
-        self.constants = {t.name: t for t in graph.initializer if t.name not in fed and np.prod(t.dims) <= SMALL}
+        self.stored = {t.name: t for t in graph.initializer if t.name not in fed}
+        self.constants = {name: tensor for name, tensor in self.stored.items() if np.prod(tensor.dims) <= SMALL}
         self.outputs = {port.name for port in graph.output}
         self.readers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
         self.taken = fed | {tensor.name for tensor in graph.initializer}
@@ -252,14 +274,20 @@ class _Rewriter:
         return self.blocked[name]
 
     def _plane(self, name: str, sizes: Sequence[int | None]) -> str:
-        """[1, 1, H, W] -> [1, C, H, W] blocked, once."""
+        """[1, 1, H, W] -> [1, C, H, W] blocked, once; of a constant while the session starts."""
         key = (name, int(sizes[0]))  # type: ignore[arg-type]
-        if key not in self.expanded:
-            shape, whole = self._free(f"{name}/shape"), self._free(f"{name}/expanded")
-            self.graph.initializer.append(onnx.numpy_helper.from_array(np.array([1, *sizes], np.int64), shape))
-            self._append("Expand", [name, shape], whole)
+        if key in self.expanded:
+            return self.expanded[key]
+        if name in self.stored:
             self.expanded[key] = self._free(f"{name}/blocked")
-            self._reorder("ReorderInput", whole, self.expanded[key], FLOAT)
+            plane = onnx.numpy_helper.to_array(self.stored[name], str(self.folder))
+            self.graph.initializer.append(onnx.numpy_helper.from_array(_in_blocks(plane, key[1]), self.expanded[key]))
+            return self.expanded[key]
+        shape, whole = self._free(f"{name}/shape"), self._free(f"{name}/expanded")
+        self.graph.initializer.append(onnx.numpy_helper.from_array(np.array([1, *sizes], np.int64), shape))
+        self._append("Expand", [name, shape], whole)
+        self.expanded[key] = self._free(f"{name}/blocked")
+        self._reorder("ReorderInput", whole, self.expanded[key], FLOAT)
         return self.expanded[key]
 
     def _now_blocked(self, name: str, form: str) -> None:

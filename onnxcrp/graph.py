@@ -400,6 +400,12 @@ class Graph:
         self._written[key] = (result, values)  # keeps the operands alive, so that no id is used twice
         return result
 
+    def adopt(self, node: gs.Node) -> None:
+        """A node that is there already, of one output: whoever writes its equal gets this one's."""
+        values = [self.value(tensor) for tensor in node.inputs]
+        key = (node.op, node.domain or None, 1, tuple(map(id, values)), _frozen(node.attrs))
+        self._written[key] = (self.value(node.outputs[0]), values)
+
     def _stores(self, array: np.ndarray) -> bool:
         """Whether an array that follows from constants goes into the file, not the nodes that make it."""
         return self.store_weights or array.size <= _SMALL
@@ -496,7 +502,7 @@ def stabilize(z: Value, epsilon: float) -> Value:
     if z.nonnegative:
         return z + float(epsilon)
     if z.nonpositive:  # known of sums of terms of one sign alone: where it is 0 so are these, and either sign will do
-        return z - float(epsilon)
+        return (z - float(epsilon))._if(nonpositive=True)
     # twice epsilon less epsilon is exact, and a product faster than Where
     return z + (graph.float(z >= 0.0) * (2 * float(epsilon)) - float(epsilon))
 

@@ -39,19 +39,14 @@ def check_device_array(name: str, value: Any, kind: np.dtype, shape: tuple[int |
 
 
 def _check_shape(name: str, array: np.ndarray | DeviceArray, shape: tuple[int | str | None, ...]) -> None:
-    expected = f"[{', '.join('B' if not at and not isinstance(d, int) else str(d) for at, d in enumerate(shape))}]"
     if array.ndim != len(shape):
-        missing = array.ndim == len(shape) - 1
-        raise InputError(
-            f"input {name} has shape {list(array.shape)}, expected {expected}",
-            hint="the batch axis is missing: x[None]" if missing else None,
-        )
-    for at, (have, want) in enumerate(zip(array.shape, shape, strict=True)):
-        if at and isinstance(want, int) and have != want:
-            raise InputError(
-                f"input {name} has shape {list(array.shape)}, expected {expected}",
-                hint=_layout_hint(array.shape, shape),
-            )
+        hint = "the batch axis is missing: x[None]" if array.ndim == len(shape) - 1 else None
+    elif any(isinstance(want, int) and have != want for have, want in zip(array.shape[1:], shape[1:], strict=True)):
+        hint = _layout_hint(array.shape, shape)
+    else:
+        return
+    expected = ", ".join("B" if not at and not isinstance(d, int) else str(d) for at, d in enumerate(shape))
+    raise InputError(f"input {name} has shape {list(array.shape)}, expected [{expected}]", hint=hint)
 
 
 def _cast(name: str, array: np.ndarray, kind: np.dtype) -> np.ndarray:

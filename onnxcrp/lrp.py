@@ -163,6 +163,10 @@ class Layer:
         back = self.about.transpose(self.op, self.node, s)
         return back if W is None else back * W
 
+    def counted(self, z: Value) -> Value:
+        """z as far as it counts: max(z, 0) where R = 0 for all z <= 0, since that needs no look at signs."""
+        return positive(z) if self.vanishes else z
+
     def stab(self, z: Value, epsilon: float | None = None) -> Value:
         """z + eps sign(z), sign(0) = +1."""
         return stabilize(z, self.stabilizer if epsilon is None else epsilon)
@@ -186,8 +190,13 @@ def zero(layer: Layer, R: Value) -> Any:
 @rule(LINEAR | SUMMING | OTHER | {"normalization"})
 def epsilon(layer: Layer, R: Value, *, epsilon: float = 1e-6) -> Any:
     """LRP-epsilon (Kohlbrenner et al. 2020, Eq. 2; CRP Eq. 32): R_i = sum_j a_i w_ij / (z_j + epsilon sign z_j) R_j."""
-    s = R / layer.stab(layer.z, epsilon)
+    s = R / layer.stab(layer.counted(layer.z), epsilon)
     return layer.a * layer.T(s)
+
+
+def _parted(layer: Layer, s: Value, V: Value, U: Value) -> Value:
+    """a+ . T(V)s + a- . T(U)s."""
+    return positive(layer.a) * layer.T(s, V) + negative(layer.a) * layer.T(s, U)
 
 
 @rule(LINEAR)
@@ -195,8 +204,7 @@ def zplus(layer: Layer, R: Value) -> Value:
     """LRP-z+, alpha 1 beta 0 (CRP Eq. 34): only positive contributions; R_i = sum_j (a_i w_ij)+ / z_j+ R_j."""
     a, W, b = layer.a, layer.W, layer.b
     z = layer(positive(a), positive(W), positive(b)) + layer(negative(a), negative(W))
-    s = R / layer.stab(z)
-    return positive(a) * layer.T(s, positive(W)) + negative(a) * layer.T(s, negative(W))
+    return _parted(layer, R / layer.stab(z), positive(W), negative(W))
 
 
 @rule(LINEAR)
@@ -211,12 +219,15 @@ def alpha_beta(layer: Layer, R: Value, *, alpha: float = 2.0, beta: float = 1.0)
             hint=f"did you mean beta={alpha - 1:g}?" if alpha >= 1 else "alpha=2, beta=1 is usual",
         )
     a, W, b = layer.a, layer.W, layer.b
-    activating = zplus(layer, R)
     if beta == 0:
-        return activating
-    z = layer(positive(a), negative(W), negative(b)) + layer(negative(a), positive(W))
-    t = R / layer.stab(z)
-    inhibiting = positive(a) * layer.T(t, negative(W)) + negative(a) * layer.T(t, positive(W))
+        return zplus(layer, R)
+    down = layer.stab(layer(positive(a), negative(W), negative(b)) + layer(negative(a), positive(W)))
+    if layer.vanishes and down.nonpositive:
+        up = positive(layer.z) - down  # z+ = z + |z-|: where R counts, z > 0, both are positive and nothing cancels
+    else:
+        up = layer.stab(layer(positive(a), positive(W), positive(b)) + layer(negative(a), negative(W)))
+    activating = _parted(layer, R / up, positive(W), negative(W))
+    inhibiting = _parted(layer, R / down, negative(W), positive(W))
     return activating * float(alpha) - inhibiting * float(beta)
 
 
@@ -234,7 +245,7 @@ def gamma(layer: Layer, R: Value, *, gamma: float = 0.25) -> Value:
     up_b, down_b = b + positive(b) * favoured, b + negative(b) * favoured
     x, y = positive(a), negative(a)
 
-    z = layer.stab(layer(x, up_W, up_b) + layer(y, down_W))
+    z = layer.stab(layer.counted(layer(x, up_W, up_b) + layer(y, down_W)))
     p = R / z if layer.vanishes else R / z * op.float(layer.z > 0.0)
     back = x * layer.T(p, up_W) + y * layer.T(p, down_W)
     if layer.vanishes:

@@ -28,6 +28,7 @@ class Run:
         self._relevance: dict[str, np.ndarray] = {}
         self._rest: dict[str, np.ndarray] = {}  # what has no axis N: "activation/<layer>", "output/<name>", "explained"
         self._filled: dict[str, np.ndarray] = {}  # which samples of `_rest` are there
+        self._every = np.ones(batch, bool)
 
     def forward(self) -> np.ndarray:
         """The explained output [B, ...] by a plain forward pass."""
@@ -120,7 +121,7 @@ class Run:
             shapes = {each.shape for each in rows}
             if len(shapes) > 1:
                 rows = [np.broadcast_to(each, np.broadcast_shapes(*shapes)) for each in rows]
-            feeds[name] = np.stack(rows)
+            feeds[name] = np.stack(rows) if len(rows) > 1 else rows[0][None]
         return feeds
 
     # --- answers ------------------------------------------------------------------------------------------------------
@@ -163,7 +164,7 @@ class Run:
     def _keep(self, name: str, array: np.ndarray, rows: Sequence[int]) -> None:
         without_batch = array.ndim == 0 or len(array) not in (1, len(rows), self.models.fixed)
         if without_batch or (len(array) == self.batch and len({*rows}) == self.batch):
-            self._rest[name], self._filled[name] = array, np.ones(self.batch, bool)
+            self._rest[name], self._filled[name] = array, self._every
             return
         if name not in self._rest:
             self._rest[name] = np.empty((self.batch, *array.shape[1:]), array.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -205,6 +206,36 @@ def test_rule_equals_its_dense_formula(rule: str, layer: str, bias: bool, sign: 
         else:
             theirs = FORMULAS[rule](M, b, a[n].reshape(-1).astype(np.float64), R[n].reshape(-1).astype(np.float64))
         close(ours[n].reshape(-1), theirs)
+
+
+@pytest.mark.parametrize("after", ["Relu", "Clip"])
+@pytest.mark.parametrize("layer", ["conv", "conv_stride1", "conv_depthwise", "conv_1d", "conv_transpose", "gemm"])
+@pytest.mark.parametrize("sign", ["signed", "positive"])
+@pytest.mark.parametrize("rule", ["epsilon", "zplus", "alpha_beta", "gamma"])
+def test_rules_before_a_relu_which_ask_no_signs(rule: str, sign: str, layer: str, after: str, tmp_path: Any) -> None:
+    """R = 0 wherever z <= 0; and z is small beside its positive and its negative part, which must not matter."""
+    op, size, shape, attrs, f = LAYERS[layer]
+    W, b = RNG.standard_normal(shape).astype(np.float32), RNG.standard_normal(1).astype(np.float32)
+    M, out = matrix(size, W, f)
+    B = np.full(out[0], b)
+    x = RNG.standard_normal((2, *size)).astype(np.float32) * 3 + (10 if sign == "positive" else 0)
+    if op in ("Conv", "ConvTranspose"):
+        attrs = {"kernel_shape": list(shape[2:]), **attrs}
+    proto = model(op, size, W, B, attrs, relu_before=sign == "positive")
+    ends = [onnx.numpy_helper.from_array(np.array(end, np.float32), name) for name, end in (("low", 0), ("high", 6))]
+    proto.graph.initializer.extend(ends if after == "Clip" else [])
+    proto.graph.node.append(
+        oh.make_node(after, ["y", *(["low", "high"] if after == "Clip" else [])], ["r"], name="after")
+    )
+    proto.graph.output[0].name = "r"
+    composed = composite(rule, tmp_path, "dense" if op == "Gemm" else "convolution")
+    target = RNG.random((2, *out)).astype(np.float32)
+    ours = answer(proto, dataclasses.replace(composed, seed="output"), x, target)
+    for n in range(2):
+        a = x[n].reshape(-1).astype(np.float64)
+        a = np.maximum(a, 0) if sign == "positive" else a
+        R = target[n].reshape(-1) * np.clip(M @ a + b, 0, 6 if after == "Clip" else None)
+        close(ours[n].reshape(-1), FORMULAS[rule](M, np.full(len(M), b, np.float64).reshape(-1), a, R))
 
 
 @pytest.mark.parametrize(

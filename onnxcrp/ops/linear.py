@@ -45,11 +45,12 @@ def _conv_ones(op: Graph, node: Node) -> Ones:
     count = op.node("Conv", [field, one], attrs) * float(per_group)
 
     if group == 1:  # every output channel reads the same inputs
-        return Ones(
-            count,
-            gather=lambda R: op.ReduceSum(R, [1], keepdims=1),
-            spread=lambda s: node.like(scatter(op, node, s, one, kernel, group=1)),
-        )
+
+        def spread(s: Value) -> Value:
+            single = scatter(op, node, s, one, kernel, group=1)
+            return single if per_group == 1 else node.like(single)
+
+        return Ones(count, spread, gather=lambda R: op.ReduceSum(R, [1], keepdims=1))
     full = op.constant(np.ones((out_channels, per_group, *kernel), op.dtype))
     return Ones(count, spread=lambda s: scatter(op, node, s, full, kernel, group=group))
 

@@ -45,13 +45,14 @@ class _Windows:
         whole, n = op.Conv(field, self.one, **attrs, pads=[*before, *ends]), len(self.kernel)
         return op.Slice(whole, op.constant(np.zeros(n, np.int64)), op.shape(node.output(), 2), list(range(2, n + 2)))
 
-    def spread(self, s: Value) -> Value:
-        """s [N, C, h...] -> [N, C, H...]: every position of a window gets the window's s."""
+    def spread(self, s: Value, weight: float = 1.0) -> Value:
+        """s [N, C, h...] -> [N, C, H...]: every position of a window gets `weight` times the window's s."""
         op, node = self.op, self.node
+        each = op.constant(np.full((1, 1, *self.kernel), weight, op.dtype))
         windows = node.dims(output=True)[2:]
         known = None not in windows and not node.attrs.get("ceil_mode", 0)
         single = op.Reshape(s, [-1, 1, *windows] if known else op.Concat([-1, 1], op.shape(s, 2), axis=0))
-        return op.Reshape(scatter(op, node, single, self.one, self.kernel, group=1), node.full_size(0))
+        return op.Reshape(scatter(op, node, single, each, self.kernel, group=1), node.full_size(0))
 
 
 def _window_ones(op: Graph, node: Node) -> Ones:
@@ -69,7 +70,7 @@ def average_pool(op: Graph, node: Node, s: Value) -> Value:
     windows = _Windows(op, node)
     kernel = float(np.prod(windows.kernel))
     if not any(node.attrs.get("pads") or []) and not node.attrs.get("ceil_mode", 0) and not pads_itself(node):
-        return windows.spread(s * (1.0 / kernel))
+        return windows.spread(s, 1.0 / kernel)
     if not node.attrs.get("count_include_pad", 0):
         return windows.spread(s / windows.counts())
     field = op.Expand(1.0, op.Concat([1, 1], node.size(0, 2), axis=0))

@@ -1,0 +1,84 @@
+"""Numbers added to what a convolution or a dense layer puts out go into its bias, which spares a pass over the tensor.
+
+    (W a + b) + e = W a + (b + e)        max(z, 0) + e = max(z + e, e)
+
+So a stabilizer added to a sum that is never negative costs nothing, and behind a ReLU it is the lower end of a Clip,
+which runtimes compute within the convolution as well.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from onnxcrp.graph import Graph
+
+_WEIGHTED = ("Conv", "ConvTranspose", "Gemm")
+
+
+def into_biases(
+    op: Graph, nodes: Sequence[gs.Node], written: Iterable[gs.Node], outputs: Iterable[str]
+) -> list[gs.Node]:
+    """`nodes` without those that add a number which a bias can add: of those `written` by us, read by nobody else.
+
+    `outputs`: names of the tensors that the graph puts out.
+    """
+    readers = Counter(outputs)
+    for node in nodes:
+        readers.update(tensor.name for tensor in node.inputs)
+        for graph in node.subgraphs(recursive=True):
+            readers.update(tensor.name for inner in graph.nodes for tensor in inner.inputs)
+    folding = _Folding(op, {node.outputs[0].name: node for node in written if len(node.outputs) == 1}, readers)
+    return [node for node in nodes if not folding.folds(node)]
+
+
+class _Folding:
+    """`makers`: name of a tensor -> the node written by us that makes it; `readers`: how often it is read."""
+
+    def __init__(self, op: Graph, makers: dict[str, gs.Node], readers: Counter[str]) -> None:
+        self.op, self.makers, self.readers = op, makers, readers
+
+    def folds(self, node: gs.Node) -> bool:
+        """Whether a node added a number and a bias does so now: it can go."""
+        target = node.outputs[0]
+        if node.op not in ("Add", "Sub") or target.name not in self.makers:
+            return False
+        for tensor, number in (node.inputs, node.inputs[::-1]) if node.op == "Add" else (node.inputs,):
+            if _is_number(number) and self._add(tensor, number.values if node.op == "Add" else -number.values):
+                maker = self.makers[target.name] = self.makers[tensor.name]
+                maker.outputs = [target]
+                return True
+        return False
+
+    def _add(self, tensor: gs.Tensor, number: np.ndarray) -> bool:
+        """Add a number to a tensor where it is made, if that is possible and nobody else reads it."""
+        maker = self.makers.get(tensor.name)
+        if maker is None or self.readers[tensor.name] != 1:
+            return False
+        if maker.op == "Add":
+            return any(self._add(part, number) for part in maker.inputs)
+        if maker.op == "Relu":
+            if not self._add(maker.inputs[0], number):
+                return False
+            maker.op = "Clip"
+            maker.inputs.append(self.op.constant(number).tensor)
+            return True
+        return maker.op in _WEIGHTED and self._add_to_bias(maker, number)
+
+    def _add_to_bias(self, node: gs.Node, number: np.ndarray) -> bool:
+        weights = self.op.value(node.inputs[1]).array
+        if weights is None or (node.op == "Gemm" and node.attrs != {"transB": 1}):
+            return False
+        size = weights.shape[1] * node.attrs.get("group", 1) if node.op == "ConvTranspose" else weights.shape[0]
+        bias = self.op.value(node.inputs[2]).array if len(node.inputs) > 2 else np.zeros(size, number.dtype)
+        if bias is None or bias.shape != (size,):
+            return False
+        node.inputs = [*node.inputs[:2], self.op.constant(bias + number).tensor]
+        return True
+
+
+def _is_number(tensor: gs.Tensor) -> bool:
+    return isinstance(tensor, gs.Constant) and not tensor.values.shape
