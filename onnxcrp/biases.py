@@ -8,7 +8,7 @@ which runtimes compute within the convolution as well.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -26,37 +26,36 @@ def into_biases(
 
     `outputs`: names of the tensors that the graph puts out.
     """
-    readers = Counter(outputs)
-    for node in nodes:
-        readers.update(tensor.name for tensor in node.inputs)
-        for graph in node.subgraphs(recursive=True):
-            readers.update(tensor.name for inner in graph.nodes for tensor in inner.inputs)
-    folding = _Folding(op, {node.outputs[0].name: node for node in written if len(node.outputs) == 1}, readers)
+    folding = _Folding(op, nodes, written, outputs)
     return [node for node in nodes if not folding.folds(node)]
 
 
 class _Folding:
-    """`makers`: name of a tensor -> the node written by us that makes it; `readers`: how often it is read."""
-
-    def __init__(self, op: Graph, makers: dict[str, gs.Node], readers: Counter[str]) -> None:
-        self.op, self.makers, self.readers = op, makers, readers
+    def __init__(self, op: Graph, nodes: Sequence[gs.Node], written: Iterable[gs.Node], outputs: Iterable[str]) -> None:
+        self.op, self.outputs = op, set(outputs)
+        self.makers = {node.outputs[0].name: node for node in written if len(node.outputs) == 1}
+        self.readers: dict[str, list[gs.Node]] = defaultdict(list)
+        for node in nodes:
+            for tensor in node.inputs:
+                self.readers[tensor.name].append(node)
 
     def folds(self, node: gs.Node) -> bool:
         """Whether a node added a number and a bias does so now: it can go."""
         target = node.outputs[0]
-        if node.op not in ("Add", "Sub") or target.name not in self.makers:
+        if node.op not in ("Add", "Sub") or target.name not in self.makers or target.name in self.outputs:
             return False
         for tensor, number in (node.inputs, node.inputs[::-1]) if node.op == "Add" else (node.inputs,):
             if _is_number(number) and self._add(tensor, number.values if node.op == "Add" else -number.values):
-                maker = self.makers[target.name] = self.makers[tensor.name]
-                maker.outputs = [target]
+                self.readers[tensor.name] = self.readers[target.name]
+                for reader in self.readers[target.name]:
+                    reader.inputs = [tensor if each.name == target.name else each for each in reader.inputs]
                 return True
         return False
 
     def _add(self, tensor: gs.Tensor, number: np.ndarray) -> bool:
         """Add a number to a tensor where it is made, if that is possible and nobody else reads it."""
         maker = self.makers.get(tensor.name)
-        if maker is None or self.readers[tensor.name] != 1:
+        if maker is None or len(self.readers[tensor.name]) > 1 or tensor.name in self.outputs:
             return False
         if maker.op == "Add":
             return any(self._add(part, number) for part in maker.inputs)

@@ -40,13 +40,13 @@ class Net:
 
     def finish(self, *results: Value, ours: int = 0) -> tuple[list[np.ndarray], Counter[str]]:
         """The results after folding, and the operators that are left; the first `ours` nodes are not ours."""
-        names = [result.name for result in results]
+        names = [self.op.Identity(result).name for result in results]
         nodes = into_biases(self.op, self.op.nodes, self.op.nodes[ours:], names)
         graph = gs.Graph(
             nodes=nodes, inputs=[self.input], outputs=[gs.Variable(n, np.float32) for n in names], opset=18
         )
         found = Session(export(graph, ir_version=10), "cpu").run({"x": self.array})
-        return [found[name] for name in names], Counter(node.op for node in nodes)
+        return [found[name] for name in names], Counter(node.op for node in nodes if node.op != "Identity")
 
 
 def exact(name: str, x: np.ndarray, W: np.ndarray, b: np.ndarray | None, **how: int) -> np.ndarray:
