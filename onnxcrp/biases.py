@@ -1,9 +1,9 @@
 """Numbers added to what a convolution or a dense layer puts out go into its bias, which spares a pass over the tensor.
 
-    (W a + b) + e = W a + (b + e)        max(z, 0) + e = max(z + e, e)
+    (W a + b) + e = W a + (b + e)        max(z, 0) + e = max(z + e, e)        min(z, 0) + e = min(z + e, e)
 
-So a stabilizer added to a sum that is never negative costs nothing, and behind a ReLU it is the lower end of a Clip,
-which runtimes compute within the convolution as well.
+So a stabilizer added to a sum that is never negative costs nothing, and behind a ReLU it is one end of a Clip, which
+runtimes compute within the convolution as well.
 """
 
 from __future__ import annotations
@@ -59,11 +59,12 @@ class _Folding:
             return False
         if maker.op == "Add":
             return any(self._add(part, number) for part in maker.inputs)
-        if maker.op == "Relu":
+        if maker.op == "Relu" or (maker.op == "Min" and _is_number(maker.inputs[1]) and maker.inputs[1].values == 0):
             if not self._add(maker.inputs[0], number):
                 return False
+            end = self.op.constant(number).tensor
+            maker.inputs = [maker.inputs[0], *([end] if maker.op == "Relu" else [gs.Variable.empty(), end])]
             maker.op = "Clip"
-            maker.inputs.append(self.op.constant(number).tensor)
             return True
         return maker.op in _WEIGHTED and self._add_to_bias(maker, number)
 

@@ -245,13 +245,13 @@ def gamma(layer: Layer, R: Value, *, gamma: float = 0.25) -> Value:
     up_b, down_b = b + positive(b) * favoured, b + negative(b) * favoured
     x, y = positive(a), negative(a)
 
-    z = layer.stab(layer.counted(layer(x, up_W, up_b) + layer(y, down_W)))
+    z = layer.stab(positive(layer(x, up_W, up_b) + layer(y, down_W)))  # where layer.z > 0 so is this
     p = R / z if layer.vanishes else R / z * op.float(layer.z > 0.0)
     back = x * layer.T(p, up_W) + y * layer.T(p, down_W)
     if layer.vanishes:
         return back
 
-    z = layer.stab(layer(x, down_W, down_b) + layer(y, up_W))
+    z = layer.stab(negative(layer(x, down_W, down_b) + layer(y, up_W)))
     q = R / z * op.float(layer.z < 0.0)
     return back + x * layer.T(q, down_W) + y * layer.T(q, up_W)
 
@@ -306,7 +306,7 @@ def flat(layer: Layer, R: Value) -> Any:
 @rule(SUMMING | OTHER)
 def norm(layer: Layer, R: Value) -> Any:
     """Every summand its share (thesis Eq. 2.39): R_i = x_i J_i^T[R / stab(f(x))]. A constant summand counts as bias."""
-    s = R / layer.stab(layer.z)
+    s = R / layer.stab(layer.counted(layer.z))
     return layer.a * layer.T(s)
 
 

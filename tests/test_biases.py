@@ -85,10 +85,11 @@ def test_a_sum_of_two_takes_it_once():
     assert left == {"Conv": 2, "Add": 1, "Relu": 1, "Min": 1}
 
 
-def test_behind_a_relu_it_is_the_lower_end():
+@pytest.mark.parametrize(("part", "bound", "number"), [(positive, np.maximum, E), (negative, np.minimum, -E)])
+def test_behind_a_relu_or_its_negative_it_is_an_end(part, bound, number):
     net, W = Net("picture"), numbers(6, 4, 3, 3)
-    (found,), left = net.finish(positive(net.op.Conv(net.x, net.op.constant(W))) + E)
-    np.testing.assert_allclose(found, np.maximum(exact("conv2d", net.array, W, None), 0) + E, atol=1e-5)
+    (found,), left = net.finish(part(net.op.Conv(net.x, net.op.constant(W))) + number)
+    np.testing.assert_allclose(found, bound(exact("conv2d", net.array, W, None), 0) + number, atol=1e-5)
     assert left == {"Conv": 1, "Clip": 1}
 
 
@@ -121,7 +122,7 @@ def test_the_forward_pass_stays_as_it_is():
     assert left == {"Conv": 1, "Add": 1}
 
 
-@pytest.mark.parametrize("case", ["number less", "column", "scaled", "weights fed", "bias fed"])
+@pytest.mark.parametrize("case", ["number less", "column", "scaled", "weights fed", "bias fed", "least of two"])
 def test_what_no_bias_can_do_stays(case):
     net, W = Net("rows"), numbers(4, 4)
     op, x, weights, bias, attributes = net.op, net.x, net.op.constant(W), net.op.constant(numbers(4)), {"transB": 1}
@@ -138,6 +139,8 @@ def test_what_no_bias_can_do_stays(case):
         b64 = x64[0]
     z = op.node("Gemm", [x, weights, bias], attributes)
     expected = x64 @ W64.T + b64
+    if case == "least of two":
+        z, expected = op.Min(z, 1.0), np.minimum(expected, 1)
     (found,), left = net.finish(E - z if case == "number less" else z + added)
     np.testing.assert_allclose(found, E - expected if case == "number less" else expected + E, atol=1e-5)
     assert left["Add"] + left["Sub"] == 1

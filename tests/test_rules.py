@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from onnxcrp.errors import CompositeError
 from onnxcrp.lrp import RULES
 from onnxcrp.session import Session
 
+FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
 RNG = np.random.default_rng(1)
 EPS = 1e-6
 
@@ -327,6 +329,17 @@ def test_norm_shares_out_a_sum(tmp_path: Any) -> None:
         close(got["relevance.v"], shares[1] * R)
 
 
+def test_norm_before_a_relu(tmp_path: Any) -> None:
+    u, v, target = (RNG.standard_normal((2, 3, 4)).astype(np.float32) for _ in range(3))
+    nodes = [oh.make_node("Add", ["u", "v"], ["z"], name="add"), oh.make_node("Relu", ["z"], ["y"], name="relu")]
+    path = tmp_path / "sum.toml"
+    path.write_text('seed = "output"\n[[layer]]\nop = "Add"\nrule = "norm"\n[[layer]]\nop = "Relu"\nrule = "pass"\n')
+    got = ask(small(nodes, {"u": (3, 4), "v": (3, 4)}), load(path), {"u": u, "v": v}, target)
+    R = target * np.maximum(u + v, 0)
+    close(got["relevance.u"], u / stab(u + v) * R)
+    close(got["relevance.v"], v / stab(u + v) * R)
+
+
 def test_norm_sums_broadcast_axes_back(tmp_path: Any) -> None:
     u, v, R = (RNG.standard_normal(s).astype(np.float32) for s in ((2, 3, 4), (2, 3, 1), (2, 3, 4)))
     add = oh.make_node("Add", ["u", "v"], ["y"], name="add")
@@ -503,6 +516,14 @@ def test_comparison_methods(tmp_path: Any) -> None:
     node = oh.make_node("Relu", ["x"], ["y"], name="relu")
     for rule, theirs in expected.items():
         close(ask(small([node], {"x": (8,)}), ones(rule, "Relu", tmp_path), {"x": x}, R)["relevance.x"], theirs)
+
+
+def test_signs_are_asked_for_where_they_can_be_either_alone() -> None:
+    """Behind the last layer: everywhere else a ReLU follows, or there are no terms of both signs to add up."""
+    for rules in ("epsilon_plus_flat", "epsilon_alpha2_beta1_flat", "epsilon_gamma_box(low=0, high=1)"):
+        written = compile_model(FIXTURES / "shapes" / "net.onnx", rules).graph.node
+        asked = [node.name.rpartition("/")[0] for node in written if node.op_type == "GreaterOrEqual"]
+        assert asked == ["R/fc/epsilon", *(["R/conv1/zbox"] if "box" in rules else [])]
 
 
 def test_every_rule_is_tested_here() -> None:

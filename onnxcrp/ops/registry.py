@@ -70,6 +70,9 @@ class Ones:
     spread: Callable[[Value], Value]
     gather: Callable[[Value], Value] = lambda R: R
 
+    def __post_init__(self) -> None:
+        self.count._if(nonnegative=True)
+
 
 class Node:
     """A node of the forward pass as ops and rules see it."""
