@@ -18,6 +18,7 @@ and a concept ends at `+` or at the end. Only a name that itself looks like `LAY
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -59,7 +60,9 @@ def mask(concepts: Any, *, layer: str, shape: Shape, axis: int, heads: bool = Fa
     its batch axis, or one weight per channel. Axis 0 is 1, or B for a mask of its own for every sample.
     Raises QuestionError naming the layer and what it has.
     """
-    rank = len(shape)
+    rank, count = len(shape), shape[axis]
+    if type(concepts) is int and isinstance(count, int) and 0 <= concepts < count:  # most questions, by far
+        return _one_channel(concepts, count, axis, rank)
     if isinstance(concepts, Selection):
         keep = np.ones((1,) * rank, np.float32)
         if concepts.channels is not None:
@@ -88,6 +91,15 @@ def mask(concepts: Any, *, layer: str, shape: Shape, axis: int, heads: bool = Fa
             hint=f'weights are {{"{layer}": {{3: 0.5}}}} or a numpy array',
         )
     return _from_array(array, layer, shape, axis)
+
+
+@functools.lru_cache(maxsize=1024)
+def _one_channel(channel: int, count: int, axis: int, rank: int) -> np.ndarray:
+    """Ones at one channel; the same array for all who ask, so nobody may write to it."""
+    keep = np.zeros([count if at == axis else 1 for at in range(rank)], np.float32)
+    keep.reshape(-1)[channel] = 1
+    keep.setflags(write=False)
+    return keep
 
 
 def _channels(weights: Mapping[Any, Any], layer: str, shape: Shape, axis: int) -> np.ndarray:

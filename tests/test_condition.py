@@ -54,6 +54,13 @@ def test_channels(concepts, weights):
     np.testing.assert_array_equal(tokens(concepts), expected.reshape(1, 1, 4))
 
 
+def test_the_mask_of_a_channel_is_made_once_and_nobodys_own():
+    assert image(2) is image(2)
+    assert image(2) is not mask(2, layer="conv", shape=(None, 5, 3, 5), axis=1)
+    with pytest.raises(ValueError, match="read-only"):
+        image(2)[:] = 0
+
+
 @pytest.mark.parametrize("shape", [(1, 4, 3, 5), (2, 4, 1, 1), (1, 1, 3, 5), (4, 3, 5), (4, 1, 1), (1, 3, 5)])
 def test_arrays_of_the_layers_rank_are_taken_as_they_are(shape):
     array = np.random.default_rng(0).normal(size=shape)
