@@ -35,7 +35,12 @@ REDUCTIONS = ("sum", "max", "argmax")
 
 # Rules whose result is a product with the layer's input: R_i = 0 wherever a_i = 0.
 _PRODUCTS = frozenset({"zero", "epsilon", "zplus", "alpha_beta", "gamma", "norm"})
-_KEEPS_ZEROS = frozenset({"winner", "rearrangement"})
+# Operators of the standard that put out entries of their input and send R back to these very entries.
+_MOVES = frozenset(
+    {"Identity", "Dropout", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Expand", "Concat", "Split"}
+    | {"Slice", "Gather", "DepthToSpace", "SpaceToDepth"}
+    | {"MaxPool", "GlobalMaxPool", "ReduceMax", "ReduceMin", "Max", "Min"}
+)
 
 
 @collector_paused()
@@ -451,12 +456,16 @@ class _Writer:
     def _vanishing_of(self, node: gs.Node) -> bool:
         return all(self.vanishing.get(t.name, True) for t in node.outputs)
 
-    @staticmethod
-    def _passes_zeros(node: gs.Node, rule: str) -> bool:
-        """Whether R = 0 where the output is 0 implies the same at the input."""
-        if rule in _KEEPS_ZEROS:
-            return node.op not in ("Resize", "Tile", "Pad")
-        return rule == "pass" and (rectifies(node) or node.op in ("Mul", "Div", "Neg", "Cast", "LeakyRelu"))
+    def _passes_zeros(self, node: gs.Node, rule: str) -> bool:
+        """Whether R = 0 where the output is 0 implies the same at the input; of no operator but these is that known."""
+        if node.domain:
+            return False
+        if rule in ("winner", "rearrangement"):
+            return node.op in _MOVES
+        scales = node.op in ("Mul", "Neg", "Cast", "LeakyRelu") or (
+            node.op == "Div" and list(self.facts.carries(node)) == [0]
+        )
+        return rule == "pass" and (rectifies(node) or scales)
 
     def _vanishes(self, node: gs.Node) -> bool:
         """R = 0 wherever z <= 0: z is never negative, or goes only into ReLUs, whose relevance is 0 where they are.
@@ -684,8 +693,11 @@ class _Writer:
             node = gs.Node("Identity", name=self.op.unique(f"output/{name}"), inputs=[value.tensor])
             node.outputs.append(gs.Variable(name))
             self.op.nodes.append(node)
-        nodes = _needed(self.op.nodes, [*own, *outputs])
-        nodes = into_biases(self.op, nodes, self.op.nodes[len(self.forward_nodes) :], [*own, *outputs])
+        ends = [*own, *outputs]
+        nodes = into_biases(
+            self.op, _needed(self.op.nodes, ends), written=self.op.nodes[len(self.forward_nodes) :], outputs=ends
+        )
+        nodes = _needed(nodes, ends)  # without biases that others took the place of
         unasked = [name for name in self.added if name not in {t.name for node in nodes for t in node.inputs}]
         made = gs.Graph(
             nodes=nodes,

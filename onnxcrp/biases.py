@@ -20,14 +20,19 @@ _WEIGHTED = ("Conv", "ConvTranspose", "Gemm")
 
 
 def into_biases(
-    op: Graph, nodes: Sequence[gs.Node], written: Iterable[gs.Node], outputs: Iterable[str]
+    op: Graph, nodes: Sequence[gs.Node], *, written: Iterable[gs.Node], outputs: Iterable[str]
 ) -> list[gs.Node]:
     """`nodes` without those that add a number which a bias can add: of those `written` by us, read by nobody else.
 
-    `outputs`: names of the tensors that the graph puts out.
+    Changes the nodes that add it now. `outputs`: names of the tensors that the graph puts out. Subgraphs are those of
+    the forward pass, which read nothing of what we wrote.
     """
     folding = _Folding(op, nodes, written, outputs)
-    return [node for node in nodes if not folding.folds(node)]
+    left = []
+    for node in nodes:
+        if not folding.folds(node):
+            left.append(node)
+    return left
 
 
 class _Folding:
@@ -60,7 +65,7 @@ class _Folding:
         if maker.op == "Add":
             return any(self._add(part, number) for part in maker.inputs)
         if maker.op == "Relu" or (maker.op == "Min" and _is_number(maker.inputs[1]) and maker.inputs[1].values == 0):
-            if not self._add(maker.inputs[0], number):
+            if not self._add(maker.inputs[0], number):  # first, since it changes nothing where it cannot
                 return False
             end = self.op.constant(number).tensor
             maker.inputs = [maker.inputs[0], *([end] if maker.op == "Relu" else [gs.Variable.empty(), end])]

@@ -419,6 +419,8 @@ def _checked(name: str, value: Any, where: str) -> Any:
             f"{where}: {name} must be above 0, got {number:g}",
             hint='rule "zero" is the limit of epsilon = 0' if name == "epsilon" else None,
         )
+    if name in ("epsilon", "stabilizer") and number < np.finfo(np.float32).tiny:
+        raise CompositeError(f"{where}: {name} is too small for float32, got {number:g}", hint="1e-6 is usual")
     if number < 0:
         raise CompositeError(f"{where}: {name} must not be negative, got {number:g}")
     return number

@@ -47,8 +47,8 @@ def _is_lookup(node: gs.Node) -> bool:
 
 def rectifies(node: gs.Node) -> bool:
     """Whether a node puts out 0 just where its input is <= 0, else something larger: Relu, ReLU6 (Clip from 0 up)."""
-    if node.op != "Clip" or len(node.inputs) < 2:
-        return node.op == "Relu"
+    if node.domain or node.op != "Clip" or len(node.inputs) < 2:
+        return node.op == "Relu" and not node.domain
     low, high = node.inputs[1], node.inputs[2] if len(node.inputs) > 2 else None
     from_zero = isinstance(low, gs.Constant) and low.values.size == 1 and float(low.values.reshape(())) == 0
     upwards = high is None or high.is_empty() or (isinstance(high, gs.Constant) and bool((high.values > 0).all()))

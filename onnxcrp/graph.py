@@ -378,7 +378,7 @@ class Graph:
         if any(value is not None and value.is_zero for value in values):
             raise ValueError(f"a symbolic zero reached {op}")
         attrs = {name: value for name, value in (attrs or {}).items() if value is not None}
-        key = (op, domain, outputs, tuple(id(value) for value in values), _frozen(attrs))
+        key = _key(op, values, attrs, outputs, domain)
         if key in self._written:
             return self._written[key][0]
         folded = self._fold(op, values, attrs) if outputs == 1 and not domain else None
@@ -403,7 +403,7 @@ class Graph:
     def adopt(self, node: gs.Node) -> None:
         """A node that is there already, of one output: whoever writes its equal gets this one's."""
         values = [self.value(tensor) for tensor in node.inputs]
-        key = (node.op, node.domain or None, 1, tuple(map(id, values)), _frozen(node.attrs))
+        key = _key(node.op, values, node.attrs, 1, node.domain or None)
         self._written[key] = (self.value(node.outputs[0]), values)
 
     def _stores(self, array: np.ndarray) -> bool:
@@ -505,6 +505,13 @@ def stabilize(z: Value, epsilon: float) -> Value:
         return (z - float(epsilon))._if(nonpositive=True)
     # twice epsilon less epsilon is exact, and a product faster than Where
     return z + (graph.float(z >= 0.0) * (2 * float(epsilon)) - float(epsilon))
+
+
+def _key(
+    op: str, values: Sequence[Value | None], attrs: dict[str, Any], outputs: int, domain: str | None
+) -> tuple[Any, ...]:
+    """What equal nodes have in common."""
+    return op, domain, outputs, tuple(map(id, values)), _frozen(attrs)
 
 
 def _frozen(attrs: dict[str, Any]) -> tuple:

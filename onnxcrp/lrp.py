@@ -164,7 +164,7 @@ class Layer:
         return back if W is None else back * W
 
     def counted(self, z: Value) -> Value:
-        """z as far as it counts: max(z, 0) where R = 0 for all z <= 0, since that needs no look at signs."""
+        """z as far as it counts: max(z, 0) where R is exactly 0 for all z <= 0, since that needs no look at signs."""
         return positive(z) if self.vanishes else z
 
     def stab(self, z: Value, epsilon: float | None = None) -> Value:
@@ -222,8 +222,8 @@ def alpha_beta(layer: Layer, R: Value, *, alpha: float = 2.0, beta: float = 1.0)
     if beta == 0:
         return zplus(layer, R)
     down = layer.stab(layer(positive(a), negative(W), negative(b)) + layer(negative(a), positive(W)))
-    if layer.vanishes and down.nonpositive:
-        up = positive(layer.z) - down  # z+ = z + |z-|: where R counts, z > 0, both are positive and nothing cancels
+    if layer.vanishes and down.nonpositive:  # there is a z-, and where R counts z > 0: in z + |z-| nothing cancels
+        up = positive(layer.z) - down
     else:
         up = layer.stab(layer(positive(a), positive(W), positive(b)) + layer(negative(a), negative(W)))
     activating = _parted(layer, R / up, positive(W), negative(W))
@@ -246,13 +246,13 @@ def gamma(layer: Layer, R: Value, *, gamma: float = 0.25) -> Value:
     x, y = positive(a), negative(a)
 
     z = layer.stab(positive(layer(x, up_W, up_b) + layer(y, down_W)))  # where layer.z > 0 so is this
-    p = R / z if layer.vanishes else R / z * op.float(layer.z > 0.0)
+    p = R / z if layer.vanishes else R * op.float(layer.z > 0.0) / z
     back = x * layer.T(p, up_W) + y * layer.T(p, down_W)
     if layer.vanishes:
         return back
 
     z = layer.stab(negative(layer(x, down_W, down_b) + layer(y, up_W)))
-    q = R / z * op.float(layer.z < 0.0)
+    q = R * op.float(layer.z < 0.0) / z
     return back + x * layer.T(q, down_W) + y * layer.T(q, up_W)
 
 

@@ -41,7 +41,7 @@ class Net:
     def finish(self, *results: Value, ours: int = 0) -> tuple[list[np.ndarray], Counter[str]]:
         """The results after folding, and the operators that are left; the first `ours` nodes are not ours."""
         names = [self.op.Identity(result).name for result in results]
-        nodes = into_biases(self.op, self.op.nodes, self.op.nodes[ours:], names)
+        nodes = into_biases(self.op, self.op.nodes, written=self.op.nodes[ours:], outputs=names)
         graph = gs.Graph(
             nodes=nodes, inputs=[self.input], outputs=[gs.Variable(n, np.float32) for n in names], opset=18
         )

@@ -286,6 +286,7 @@ MISTAKES = {
     "bounds": ('[[layer]]\nrule = "zbox"\nlow = 2\nhigh = 1', "low must not be above high"),
     "bounds nan": ('[[layer]]\nrule = "zbox"\nlow = nan', "low must be a number or a list"),
     "stabilizer": ("stabilizer = 0\n" + TABLE, r"\(line 1\): stabilizer must be above 0"),
+    "stabilizer of nothing": ("stabilizer = 1e-50\n" + TABLE, r"\(line 1\): stabilizer is too small for float32"),
     "bias": ('bias = "none"\n' + TABLE, r"\"keep\" or \"drop\""),
     "extends": ('extends = "bse"\n' + TABLE, r"\(line 1\): extends: composite \"bse\" is unknown"),
     "extends type": ("extends = 3\n" + TABLE, "must be a name"),

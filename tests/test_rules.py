@@ -14,11 +14,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from onnxcrp import Explainer, backward
 from onnxcrp.backward import compile as compile_model
 from onnxcrp.composite import load
 from onnxcrp.errors import CompositeError
 from onnxcrp.lrp import RULES
 from onnxcrp.session import Session
+from tests.support.canonical import parse, session
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
 RNG = np.random.default_rng(1)
@@ -238,6 +240,70 @@ def test_rules_before_a_relu_which_ask_no_signs(rule: str, sign: str, layer: str
         a = np.maximum(a, 0) if sign == "positive" else a
         R = target[n].reshape(-1) * np.clip(M @ a + b, 0, 6 if after == "Clip" else None)
         close(ours[n].reshape(-1), FORMULAS[rule](M, np.full(len(M), b, np.float64).reshape(-1), a, R))
+
+
+def ints(*values: int) -> np.ndarray:
+    return np.array(values, np.int64)
+
+
+ABOVE_A_RELU = {  # h [N, 4, 6, 4] -> y
+    "Identity": ("y = Identity(h)", {}),
+    "Dropout": ("y = Dropout(h)", {}),
+    "Reshape": ("y = Reshape(h, s)", {"s": ints(0, 2, -1)}),
+    "Flatten": ("y = Flatten<axis=1>(h)", {}),
+    "Unsqueeze": ("y = Unsqueeze(h, s)", {"s": ints(2)}),
+    "Squeeze": ("p = Unsqueeze(h, s) q = Neg(p) r = Squeeze(q, s) y = Neg(r)", {"s": ints(2)}),
+    "Transpose": ("y = Transpose<perm=[0,3,1,2]>(h)", {}),
+    "Expand": ("p = Unsqueeze(h, s) y = Expand(p, t)", {"s": ints(2), "t": ints(1, 1, 3, 1, 1)}),
+    "Concat": ("n = Neg(h) y = Concat<axis=1>(h, n, h)", {}),
+    "Split": ("p, q, r = Split<axis=2, num_outputs=3>(h) y = Sub(r, p)", {}),
+    "Slice": ("y = Slice(h, s, e, a, t)", {"s": ints(5), "e": ints(0), "a": ints(2), "t": ints(-2)}),
+    "Gather": ("y = Gather<axis=1>(h, i)", {"i": ints(2, 0, 2)}),
+    "DepthToSpace": ("y = DepthToSpace<blocksize=2>(h)", {}),
+    "SpaceToDepth": ("y = SpaceToDepth<blocksize=2>(h)", {}),
+    "MaxPool": ("y = MaxPool<kernel_shape=[3,3], strides=[2,2], pads=[1,1,1,1]>(h)", {}),
+    "GlobalMaxPool": ("y = GlobalMaxPool(h)", {}),
+    "ReduceMax": ("y = ReduceMax(h, a)", {"a": ints(1, 3)}),
+    "ReduceMin": ("y = ReduceMin(h, a)", {"a": ints(3)}),
+    "Max": ("y = Max(h, c)", {"c": np.float32(0.4)}),
+    "Min": ("n = MaxPool<kernel_shape=[3,3], pads=[1,1,1,1]>(h) y = Min(h, n)", {}),
+    # of these it is not claimed, since it need not be so
+    "ReduceLogSumExp": ("y = ReduceLogSumExp(h, a)", {"a": ints(1)}),
+    "Resize": ('y = Resize<mode="linear">(h, , s)', {"s": np.array([1, 1, 1.5, 0.5], np.float32)}),
+    "Pad": ('y = Pad<mode="reflect">(h, s)', {"s": ints(0, 0, 2, 1, 0, 0, 1, 2)}),
+    "Tile": ("y = Tile(h, s)", {"s": ints(1, 2, 1, 2)}),
+    "Div": ("k = Add(h, c) y = Div(c, k)", {"c": np.float32(0.7)}),
+    "Softmax": ("y = Softmax<axis=1>(h)", {}),
+    "LRN": ("y = LRN<size=3>(h)", {}),
+    "a reader beside it": ("m = Mul(z, c) y = Add(h, m)", {"c": np.float32(0.5)}),
+}
+
+
+@pytest.mark.parametrize("rule", ["epsilon", "alpha_beta", "gamma"])
+@pytest.mark.parametrize("above", ABOVE_A_RELU)
+def test_where_a_relu_is_zero_but_its_relevance_may_not_be(above: str, rule: str, tmp_path: Any) -> None:
+    """Formulas on the relevance that arrives at z, recorded: right whatever the operator above sends to zeros."""
+    body, constants = ABOVE_A_RELU[above]
+    W, b = RNG.standard_normal((4, 3, 1, 1)).astype(np.float32), RNG.standard_normal(4).astype(np.float32)
+    text = f"g (float[N,3,6,4] x) => (float y) {{ z = Conv(x, W, b) h = Relu(z) {body} }}"
+    proto = parse(text, W=W, b=b, **{name: np.asarray(array) for name, array in constants.items()})
+    proto.graph.node[0].name = "conv"
+    proto.graph.output[0].type.CopyFrom(onnx.TypeProto(tensor_type=onnx.TypeProto.Tensor(elem_type=1)))
+    (tmp_path / "one.toml").write_text(f'extends = "base"\n[[layer]]\nop = "convolution"\nrule = "{rule}"\n')
+    x = RNG.standard_normal((2, 3, 6, 4)).astype(np.float32)
+    answer = Explainer(proto, tmp_path / "one.toml", cache=False).explain(
+        x, np.ones(session(proto).run(None, {"x": x})[0].shape, np.float32), seed="abs", record=["conv"]
+    )
+    R, ours = answer.relevance["conv"], answer.relevance["x"]
+    assert np.abs(R).sum() > 0
+    theirs = np.zeros(x.shape)
+    for n, h, w in np.ndindex(2, 6, 4):
+        theirs[n, :, h, w] = FORMULAS[rule](W[..., 0, 0].astype(float), b.astype(float), x[n, :, h, w], R[n, :, h, w])
+    close(ours, theirs)
+
+
+def test_all_that_is_said_to_move_entries_is_tested() -> None:
+    assert ABOVE_A_RELU.keys() >= backward._MOVES
 
 
 @pytest.mark.parametrize(

@@ -62,8 +62,8 @@ class Parts(list):
 class Ones:
     """A layer whose weights are all 1, for the rule `flat`; it treats channels alike, so one of them suffices.
 
-    `count` is L(1,0)1, how many inputs each output has; `spread` is s -> T(1)s; `gather` sums, before anything is
-    divided, the outputs that have the same inputs.
+    `count` is L(1,0)1, how many inputs each output has, so never below 0; `spread` is s -> T(1)s; `gather` sums, before
+    anything is divided, the outputs that have the same inputs.
     """
 
     count: Value
