@@ -113,7 +113,7 @@ def written(model: onnx.ModelProto, folder, *, here: bool) -> Counter:
 def test_reorders_between_convolutions_go(tmp_path):
     model = onnxcrp.compile(export(net(32, 64), tmp_path / "net.onnx"), "epsilon_plus_flat", conditions=["4.conv2"])
     alone, here = (written(model, tmp_path, here=here) for here in (False, True))
-    assert alone["ReorderOutput"] > 25
+    assert alone["ReorderOutput"] > 20
     assert here["ReorderOutput"] + here["ReorderInput"] < (alone["ReorderOutput"] + alone["ReorderInput"]) / 2
     assert here["Resize"] == 0  # zeros between the strides are written on blocked tensors
     assert {op: here[op] for op in ("Conv", "Mul", "Div", "Add")} == {
