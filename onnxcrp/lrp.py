@@ -194,6 +194,11 @@ def epsilon(layer: Layer, R: Value, *, epsilon: float = 1e-6) -> Any:
     return layer.a * layer.T(s)
 
 
+def _joined(layer: Layer, V: Value, U: Value, b: Value) -> Value:
+    """L(V,b)a+ + L(U,0)a-."""
+    return layer(positive(layer.a), V, b) + layer(negative(layer.a), U)
+
+
 def _parted(layer: Layer, s: Value, V: Value, U: Value) -> Value:
     """a+ . T(V)s + a- . T(U)s."""
     return positive(layer.a) * layer.T(s, V) + negative(layer.a) * layer.T(s, U)
@@ -202,8 +207,8 @@ def _parted(layer: Layer, s: Value, V: Value, U: Value) -> Value:
 @rule(LINEAR)
 def zplus(layer: Layer, R: Value) -> Value:
     """LRP-z+, alpha 1 beta 0 (CRP Eq. 34): only positive contributions; R_i = sum_j (a_i w_ij)+ / z_j+ R_j."""
-    a, W, b = layer.a, layer.W, layer.b
-    z = layer(positive(a), positive(W), positive(b)) + layer(negative(a), negative(W))
+    W, b = layer.W, layer.b
+    z = _joined(layer, positive(W), negative(W), positive(b))
     return _parted(layer, R / layer.stab(z), positive(W), negative(W))
 
 
@@ -218,14 +223,14 @@ def alpha_beta(layer: Layer, R: Value, *, alpha: float = 2.0, beta: float = 1.0)
             f"alpha_beta needs alpha - beta = 1 and both >= 0, not alpha={alpha:g}, beta={beta:g}",
             hint=f"did you mean beta={alpha - 1:g}?" if alpha >= 1 else "alpha=2, beta=1 is usual",
         )
-    a, W, b = layer.a, layer.W, layer.b
+    W, b = layer.W, layer.b
     if beta == 0:
         return zplus(layer, R)
-    down = layer.stab(layer(positive(a), negative(W), negative(b)) + layer(negative(a), positive(W)))
+    down = layer.stab(_joined(layer, negative(W), positive(W), negative(b)))
     if layer.vanishes and down.nonpositive:  # there is a z-, and where R counts z > 0: in z + |z-| nothing cancels
         up = positive(layer.z) - down
     else:
-        up = layer.stab(layer(positive(a), positive(W), positive(b)) + layer(negative(a), negative(W)))
+        up = layer.stab(_joined(layer, positive(W), negative(W), positive(b)))
     activating = _parted(layer, R / up, positive(W), negative(W))
     inhibiting = _parted(layer, R / down, negative(W), positive(W))
     return activating * float(alpha) - inhibiting * float(beta)

@@ -239,7 +239,7 @@ def test_rules_before_a_relu_which_ask_no_signs(rule: str, sign: str, layer: str
         a = x[n].reshape(-1).astype(np.float64)
         a = np.maximum(a, 0) if sign == "positive" else a
         R = target[n].reshape(-1) * np.clip(M @ a + b, 0, 6 if after == "Clip" else None)
-        close(ours[n].reshape(-1), FORMULAS[rule](M, np.full(len(M), b, np.float64).reshape(-1), a, R))
+        close(ours[n].reshape(-1), FORMULAS[rule](M, np.full(len(M), b, np.float64), a, R))
 
 
 def ints(*values: int) -> np.ndarray:
