@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from onnxcrp.errors import InputError
 from onnxcrp.labels import named, read_json, read_labels
@@ -136,14 +136,21 @@ class Preprocessing:
                 f"nothing says which values the model's {self.dtype} input expects for a picture", hint=ASK
             )
         seen = self.view(picture)
-        values = self._values((seen[..., ::-1] if self.channel_order == "BGR" else seen).astype(np.float64))
+        channels = np.moveaxis(seen[..., ::-1] if self.channel_order == "BGR" else seen, -1, 0)
+        x = np.stack(
+            [values[pixels] for values, pixels in zip(self._table(), channels, strict=True)],
+            axis=-1 if self.layout == "NHWC" else 0,
+        )
+        return x[None], np.broadcast_to(seen, (*seen.shape[:2], 3)).copy()
+
+    def _table(self) -> np.ndarray:
+        """What the model takes for each of the 256 values of a pixel, [C, 256]."""
+        values = self._values(np.arange(256.0)[:, None].repeat(self.channels, 1))
         kind = np.dtype(self.dtype)
         if kind.kind in "iu":
             limits = np.iinfo(kind)
             values = np.clip(np.rint(values), limits.min, limits.max)
-        if self.layout != "NHWC":
-            values = values.transpose(2, 0, 1)
-        return np.ascontiguousarray(values[None].astype(kind)), np.broadcast_to(seen, (*seen.shape[:2], 3)).copy()
+        return values.T.astype(kind)
 
     def to_display(self, x: np.ndarray) -> np.ndarray:
         """The model's input [1, ...] or one sample of it -> uint8 RGB [H, W, 3]; the inverse of `apply`.
@@ -319,7 +326,9 @@ def fits(shape: Sequence[int], declared: Shape) -> bool:
 
 def _pixels(picture: Image.Image, mode: str) -> Image.Image:
     """Any picture -> upright 8-bit RGB or L: 16 bit scaled down, transparency laid on white."""
-    picture = ImageOps.exif_transpose(picture)
+    picture.load()  # a PNG tells its orientation after its pixels
+    if picture.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith("I") or picture.mode == "F":
         values = np.asarray(picture).astype(np.float64)
         low, high = values.min(), values.max()
@@ -333,7 +342,7 @@ def _pixels(picture: Image.Image, mode: str) -> Image.Image:
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return picture.convert(mode)
+    return picture if picture.mode == mode else picture.convert(mode)
 
 
 def _center_crop(pixels: np.ndarray, size: tuple[int, int], rounding: str) -> np.ndarray:
