@@ -159,8 +159,14 @@ class _Writer:
         return self.pa.from_numpy_dtype(np.dtype(kind))
 
     def __enter__(self) -> _Writer:
+        floats = [
+            name for name, kind in self.columns.items() if kind in (np.float32, np.float64)
+        ]  # hardly two the same
+        others = [name for name in self.columns if name not in floats]
         with writing(self.path):
-            self.file = self.pq.ParquetWriter(self.path, self.schema, compression="zstd")
+            self.file = self.pq.ParquetWriter(
+                self.path, self.schema, compression="zstd", use_dictionary=others, use_byte_stream_split=floats
+            )
         return self
 
     def add(self, *columns: Any) -> None:
