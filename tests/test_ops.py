@@ -214,6 +214,9 @@ POOLS = [
     ((3, 8), {"kernel_shape": [2], "strides": [2]}),
     ((3, 9), {"kernel_shape": [2], "strides": [2]}),
     ((3, 8, 8), {"kernel_shape": [2, 2], "strides": [2, 2]}),
+    ((3, 7, 11), {"kernel_shape": [2, 3], "strides": [2, 3]}),  # windows side by side, the last positions in none
+    ((3, 7, 11), {"kernel_shape": [2, 3], "strides": [2, 3], "ceil_mode": 1}),
+    ((3, 7, 11), {"kernel_shape": [2, 3], "strides": [2, 3], "pads": [0, 0, 1, 1]}),
     ((3, 9, 8), {"kernel_shape": [3, 3], "strides": [2, 2]}),
     ((3, 9, 8), {"kernel_shape": [3, 3], "strides": [2, 2], "pads": [1, 1, 1, 1]}),
     ((3, 9, 8), {"kernel_shape": [3, 2], "strides": [2, 2], "ceil_mode": 1}),
@@ -392,17 +395,18 @@ def test_max_pool_gives_ties_to_the_first() -> None:
         assert r.reshape(-1).tolist() == expected
 
 
-def test_max_pool_over_tiles_gives_ties_to_the_first_of_each() -> None:
-    """Against a walk over the windows, on few different values."""
+@pytest.mark.parametrize("size", [(6, 8), (7, 8), (8, 9)])
+def test_max_pool_over_tiles_gives_ties_to_the_first_of_each(size: tuple[int, int]) -> None:
+    """Against a walk over the windows, on few different values; what no window reaches gets nothing."""
     rng = np.random.default_rng(0)
-    a = rng.integers(-1, 1, (2, 3, 6, 8)).astype(np.float32)
+    a = rng.integers(-1, 1, (2, 3, *size)).astype(np.float32)
     R = rng.standard_normal((2, 3, 2, 4)).astype(np.float32)
     expected = np.zeros_like(a)
     for n, c, h, w in np.ndindex(*R.shape):
         tile = a[n, c, 3 * h : 3 * h + 3, 2 * w : 2 * w + 2]
         row, column = np.unravel_index(tile.argmax(), tile.shape)
         expected[n, c, 3 * h + row, 2 * w + column] = R[n, c, h, w]
-    sizes = {"x": [6, 8], "y": [2, 4], "s": [2, 4]}
+    sizes = {"x": size, "y": (2, 4), "s": (2, 4)}
     x, y, s = (gs.Variable(name, np.float32, [None, 3, *size]) for name, size in sizes.items())
     attrs = {"kernel_shape": [3, 2], "strides": [3, 2]}
     node = gs.Node("MaxPool", "pool", attrs, [x], [y])
@@ -413,6 +417,24 @@ def test_max_pool_over_tiles_gives_ties_to_the_first_of_each() -> None:
     op.nodes.append(gs.Node("Identity", "end", inputs=[back.tensor], outputs=[end]))
     (found,) = run(op.nodes, [x, s], [end], {"x": a, "s": R})
     np.testing.assert_array_equal(found, expected)
+
+
+def test_max_pool_has_a_place_for_every_window_even_of_nan() -> None:
+    """The runtime's Indices then point in front of the channel: such samples are told by their relevance, no error."""
+    x, s = (gs.Variable(name, np.float32, [None, 2, size]) for name, size in (("x", 9), ("s", 4)))
+    node = gs.Node(
+        "MaxPool", "pool", {"kernel_shape": [3], "strides": [2]}, [x], [gs.Variable("y", np.float32, [None, 2, 4])]
+    )
+    op = Graph(opset=OPSET, nodes=[node])
+    back = OPS["MaxPool"].transpose(op, Node(op, node, data=[0], nonnegative=set(), name="pool"), op.value(s))
+    end = gs.Variable("end", np.float32)
+    op.nodes.append(gs.Node("Identity", "end", inputs=[back.tensor], outputs=[end]))
+    a = np.full((3, 2, 9), np.nan, np.float32)
+    a[1] = np.arange(9)
+    R = np.arange(1, 25, dtype=np.float32).reshape(3, 2, 4)
+    (found,) = run(op.nodes, [x, s], [end], {"x": a, "s": R})
+    assert found[1, :, 2::2].tolist() == R[1].tolist()
+    np.testing.assert_allclose(found.sum(2), R.sum(2))
 
 
 # ---- derivatives of what is not linear, against central differences of the operator itself --------------------------

@@ -22,8 +22,31 @@ def _again(op: Graph, node: Node, a: Value, W: Value, b: Value) -> Value:
 # ---- windows ---------------------------------------------------------------------------------------------------------
 
 
+def _left_over(node: Node) -> list[int] | None:
+    """How many positions lie behind the last window along each axis; None unless windows stand side by side.
+
+    They do where stride = kernel, nothing is padded and sizes are static.
+    """
+    kernel = list(node.attrs["kernel_shape"])
+    strides, dilations, before, after = window(node, kernel)
+    sizes = node.dims(0)[2:]
+    padded = any(before) or any(after) or pads_itself(node)
+    if strides != kernel or set(dilations) != {1} or padded or None in sizes:
+        return None
+    rest = [int(size) % k for size, k in zip(sizes, kernel, strict=True)]  # type: ignore[arg-type]
+    return None if any(rest) and node.attrs.get("ceil_mode", 0) else rest
+
+
+def _with_rest(op: Graph, x: Value, rest: list[int]) -> Value:
+    """x [N, C, h k...] -> [N, C, H...]: zeros where no window reaches."""
+    return op.Pad(x, [0] * (len(rest) + 4) + rest) if any(rest) else x
+
+
 class _Windows:
-    """Sums over the windows of a pooling node, for each channel by itself: one ConvTranspose of a single channel."""
+    """Sums over the windows of a pooling node, for each channel by itself.
+
+    Windows side by side are filled with copies, others are one ConvTranspose of a single channel.
+    """
 
     def __init__(self, op: Graph, node: Node) -> None:
         self.op, self.node = op, node
@@ -47,7 +70,9 @@ class _Windows:
 
     def spread(self, s: Value, weight: float = 1.0) -> Value:
         """s [N, C, h...] -> [N, C, H...]: every position of a window gets `weight` times the window's s."""
-        op, node = self.op, self.node
+        op, node, rest = self.op, self.node, _left_over(self.node)
+        if rest is not None:
+            return _with_rest(op, copied(op, s if weight == 1 else s * weight, self.kernel), rest)
         each = op.constant(np.full((1, 1, *self.kernel), weight, op.dtype))
         windows = node.dims(output=True)[2:]
         known = None not in windows and not node.attrs.get("ceil_mode", 0)
@@ -80,18 +105,16 @@ def average_pool(op: Graph, node: Node, s: Value) -> Value:
 
 @transpose("MaxPool", family="max", sign=KEEPS, ones=_window_ones)
 def max_pool(op: Graph, node: Node, s: Value) -> Value:
-    """s [N, C, h...] -> [N, C, H...]: all to the window's maximum, the first one on ties; overlapping windows add up.
-
-    The Indices of ONNX count through the whole tensor: those of channel c of sample n are (n C + c) H W too large.
-    """
+    """s [N, C, h...] -> [N, C, H...]: all to a window's maximum, the first one on ties; overlapping windows add up."""
     attrs = dict(node.attrs)
     attrs.pop("storage_order", None)
-    if _tiles(node):
-        return copied(op, s, attrs["kernel_shape"]) * _winners_of_tiles(op, node, node.input(0), attrs)
+    rest = _left_over(node)
+    if rest is not None:
+        return _with_rest(op, copied(op, s, attrs["kernel_shape"]) * _winners(op, node, rest, attrs), rest)
     field = [size for size in node.dims(0)[2:] if size is not None]
     known = len(field) == node.rank(0) - 2
     size = op.as_value([int(np.prod(field))]) if known else op.ReduceProd(node.size(0, 2), keepdims=1)
-    places = op.Mod(_indices(op, node, attrs), size)
+    places = _places(op, node, size, attrs)
     if node.rank(0) > 3:
         s, places = op.Reshape(s, [0, 0, -1]), op.Reshape(places, [0, 0, -1])
     batch = op.shape(s, 0, 1)
@@ -99,6 +122,19 @@ def max_pool(op: Graph, node: Node, s: Value) -> Value:
     places = op.Expand(places, op.Concat(batch, [1, 1], axis=0))
     scattered = op.ScatterElements(zeros, places, s, axis=2, reduction="add")
     return op.Reshape(scattered, node.full_size(0)) if node.rank(0) > 3 else scattered
+
+
+def _places(op: Graph, node: Node, size: Value, attrs: dict[str, Any]) -> Value:
+    """Which of the `size` = H... positions of its channel each window takes, [N, C, h...].
+
+    The Indices of ONNX count through the whole tensor: those of channel c of sample n are (n C + c) H... too large,
+    which is taken off: a remainder would take ten times as long.
+    """
+    channels, zero = node.size(0, 1, 2), op.constant(np.int64(0))
+    end = op.Squeeze(node.size(0, 0, 1) * (channels * size))
+    first = op.Range(zero, end, op.Squeeze(size))
+    around = op.Concat([-1], channels, [1] * (node.rank(0) - 2), axis=0)
+    return _indices(op, node, attrs) - op.Reshape(first, around)
 
 
 def _indices(op: Graph, node: Node, attrs: dict[str, Any]) -> Value:
@@ -114,30 +150,18 @@ def _indices(op: Graph, node: Node, attrs: dict[str, Any]) -> Value:
     return op.value(pool.outputs[1])
 
 
-def _tiles(node: Node) -> bool:
-    """Whether the windows tile the input exactly: stride = kernel, no padding, static size divisible by it."""
-    kernel = list(node.attrs["kernel_shape"])
-    strides, dilations, before, after = window(node, kernel)
-    sizes = node.dims(0)[2:]
-    return (
-        strides == kernel
-        and set(dilations) == {1}
-        and not any(before)
-        and not any(after)
-        and all(size is not None and size % k == 0 for size, k in zip(sizes, kernel, strict=True))
-    )
-
-
-def _winners_of_tiles(op: Graph, node: Node, a: Value, attrs: dict[str, Any]) -> Value:
-    """Ones at the first maximum of every window, zeros elsewhere, for windows that do not overlap: [N, C, H...].
+def _winners(op: Graph, node: Node, rest: list[int], attrs: dict[str, Any]) -> Value:
+    """Ones at the first maximum of every window, zeros elsewhere, for windows side by side: [N, C, h k...].
 
     All that are as large as their window's maximum get a rank, the first one of a window the highest; the highest wins.
     Made once for the sample, so that N conditions cost one product each.
     """
-    kernel = attrs["kernel_shape"]
+    a, kernel = node.input(0), attrs["kernel_shape"]
+    reached = [int(size) - r for size, r in zip(node.dims(0)[2:], rest, strict=True)]  # type: ignore[arg-type]
+    if any(rest):
+        a = op.Slice(a, [0] * len(rest), reached, list(range(2, node.rank(0))))
     descending = np.arange(np.prod(kernel), 0, -1, dtype=op.dtype).reshape(kernel)
-    times = [int(d) // k for d, k in zip(node.dims(0)[2:], kernel, strict=True)]  # type: ignore[arg-type]
-    rank = op.constant(np.tile(descending, times)[None, None])
+    rank = op.constant(np.tile(descending, [size // k for size, k in zip(reached, kernel, strict=True)])[None, None])
     ranks = op.float(op.Equal(a, copied(op, node.output(), kernel))) * rank
     best = op.node("MaxPool", [ranks], attrs)
     return op.float(op.Equal(ranks, copied(op, op.Max(best, 1.0), kernel)))  # no winner in a window without a maximum
