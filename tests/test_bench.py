@@ -118,9 +118,9 @@ def test_reasons() -> None:
     made = Bench("m", "c", {}, ["CUDAExecutionProvider", CPU], None, 0, steps={"one heatmap": ran})
     assert reasons(known, made) == [
         "conditions do not share the forward pass: axis 0 is not the batch at a, b, c and 1 more",
-        "one heatmap: 1 nodes run on the CPU though CUDAExecutionProvider was asked for, 50% of the time "
+        "one heatmap: nodes that run on the CPU though CUDAExecutionProvider was asked for: 1, 50% of the time "
         "(R/pool/winner/ScatterElements)",
-        "one heatmap: 1 nodes scatter or gather entries, 50% of the time (R/pool/winner/ScatterElements)",
+        "one heatmap: nodes that scatter or gather entries: 1, 50% of the time (R/pool/winner/ScatterElements)",
     ]
     assert reasons(known | {"batch": "fixed"}, made)[0].startswith("the batch is fixed")
     assert reasons(known | {"shares_forward": True}, Bench("m", "c", {}, [CPU], None, 0)) == []

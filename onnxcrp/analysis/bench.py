@@ -288,7 +288,7 @@ def reasons(known: Mapping[str, Any], found: Bench) -> list[str]:
         ):
             if chosen:
                 share = sum(step.share for step in chosen)
-                told.append(f"{what}: {len(chosen)} nodes {doing}, {share:.0%} of the time ({_listed(chosen)})")
+                told.append(f"{what}: nodes that {doing}: {len(chosen)}, {share:.0%} of the time ({_listed(chosen)})")
     return told
 
 
