@@ -150,7 +150,8 @@ class Preprocessing:
         if kind.kind in "iu":
             limits = np.iinfo(kind)
             values = np.clip(np.rint(values), limits.min, limits.max)
-        return values.T.astype(kind)
+        with np.errstate(over="ignore"):  # of values that the picture may not have
+            return values.T.astype(kind)
 
     def to_display(self, x: np.ndarray) -> np.ndarray:
         """The model's input [1, ...] or one sample of it -> uint8 RGB [H, W, 3]; the inverse of `apply`.

@@ -419,22 +419,32 @@ def test_max_pool_over_tiles_gives_ties_to_the_first_of_each(size: tuple[int, in
     np.testing.assert_array_equal(found, expected)
 
 
-def test_max_pool_has_a_place_for_every_window_even_of_nan() -> None:
-    """The runtime's Indices then point in front of the channel: such samples are told by their relevance, no error."""
-    x, s = (gs.Variable(name, np.float32, [None, 2, size]) for name, size in (("x", 9), ("s", 4)))
-    node = gs.Node(
-        "MaxPool", "pool", {"kernel_shape": [3], "strides": [2]}, [x], [gs.Variable("y", np.float32, [None, 2, 4])]
-    )
+EMPTY_WINDOWS = [  # the runtime's Indices are in front of the channel where a window lies wholly in the padding
+    ((1, 2), {"kernel_shape": [1, 2], "strides": [1, 1], "dilations": [1, 3], "pads": [0, 1, 0, 1]}),
+    ((1, 1), {"kernel_shape": [2, 2], "strides": [1, 1], "dilations": [2, 2], "pads": [1, 1, 1, 1]}),
+    ((2,), {"kernel_shape": [2], "strides": [1], "dilations": [3], "pads": [1, 1]}),
+]
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(("size", "attrs"), EMPTY_WINDOWS)
+def test_windows_of_max_pool_without_a_maximum_stay_in_their_channel(
+    size: tuple[int, ...], attrs: dict[str, Any], dynamic: bool
+) -> None:
+    x = gs.Variable("x", np.float32, [None, 2, *([None] * len(size) if dynamic else size)])
+    y = gs.Variable("y", np.float32, [None, 2, *[None] * len(size)])
+    s = gs.Variable("s", np.float32, [None, 2, *[None] * len(size)])
+    node = gs.Node("MaxPool", "pool", attrs, [x], [y])
     op = Graph(opset=OPSET, nodes=[node])
     back = OPS["MaxPool"].transpose(op, Node(op, node, data=[0], nonnegative=set(), name="pool"), op.value(s))
     end = gs.Variable("end", np.float32)
     op.nodes.append(gs.Node("Identity", "end", inputs=[back.tensor], outputs=[end]))
-    a = np.full((3, 2, 9), np.nan, np.float32)
-    a[1] = np.arange(9)
-    R = np.arange(1, 25, dtype=np.float32).reshape(3, 2, 4)
+    a = np.ones((3, 2, *size), np.float32)
+    (pooled,) = run([node], [x], [y], {"x": a})
+    R = np.arange(1, 1 + pooled.size, dtype=np.float32).reshape(pooled.shape)
     (found,) = run(op.nodes, [x, s], [end], {"x": a, "s": R})
-    assert found[1, :, 2::2].tolist() == R[1].tolist()
-    np.testing.assert_allclose(found.sum(2), R.sum(2))
+    axes = tuple(range(2, a.ndim))
+    np.testing.assert_array_equal(found.sum(axes), R.sum(axes))
 
 
 # ---- derivatives of what is not linear, against central differences of the operator itself --------------------------

@@ -159,9 +159,8 @@ class _Writer:
         return self.pa.from_numpy_dtype(np.dtype(kind))
 
     def __enter__(self) -> _Writer:
-        floats = [
-            name for name, kind in self.columns.items() if kind in (np.float32, np.float64)
-        ]  # hardly two the same
+        # floats are hardly ever the same, so dictionaries of them do not pay
+        floats = [name for name, kind in self.columns.items() if kind in (np.float32, np.float64)]
         others = [name for name in self.columns if name not in floats]
         with writing(self.path):
             self.file = self.pq.ParquetWriter(

@@ -25,7 +25,8 @@ def _again(op: Graph, node: Node, a: Value, W: Value, b: Value) -> Value:
 def _left_over(node: Node) -> list[int] | None:
     """How many positions lie behind the last window along each axis; None unless windows stand side by side.
 
-    They do where stride = kernel, nothing is padded and sizes are static.
+    They do where stride = kernel, nothing is padded or dilated, and sizes are static. With ceil_mode a window would
+    reach beyond the input instead.
     """
     kernel = list(node.attrs["kernel_shape"])
     strides, dilations, before, after = window(node, kernel)
@@ -128,13 +129,14 @@ def _places(op: Graph, node: Node, size: Value, attrs: dict[str, Any]) -> Value:
     """Which of the `size` = H... positions of its channel each window takes, [N, C, h...].
 
     The Indices of ONNX count through the whole tensor: those of channel c of sample n are (n C + c) H... too large,
-    which is taken off: a remainder would take ten times as long.
+    which is taken off: a remainder would take several times as long. Windows without a maximum (of NaN, or wholly in
+    the padding) have Indices before their channel; they take its first position.
     """
-    channels, zero = node.size(0, 1, 2), op.constant(np.int64(0))
-    end = op.Squeeze(node.size(0, 0, 1) * (channels * size))
-    first = op.Range(zero, end, op.Squeeze(size))
+    channels = node.size(0, 1, 2)
+    end = op.Squeeze(node.size(0, 0, 1) * (channels * size), [0])
+    first = op.Range(op.constant(np.int64(0)), end, op.Squeeze(size, [0]))
     around = op.Concat([-1], channels, [1] * (node.rank(0) - 2), axis=0)
-    return _indices(op, node, attrs) - op.Reshape(first, around)
+    return op.Max(_indices(op, node, attrs) - op.Reshape(first, around), op.constant(np.int64(0)))
 
 
 def _indices(op: Graph, node: Node, attrs: dict[str, Any]) -> Value:
