@@ -378,19 +378,22 @@ def test_split(conditions: int) -> None:
     check_transpose("Split", [(6, 4)], {"axis": -1, "num_outputs": 2}, outputs=2, conditions=conditions)
 
 
+def max_pool_back(node: gs.Node, s: gs.Variable, a: np.ndarray, R: np.ndarray) -> np.ndarray:
+    """R through the transpose of a MaxPool node at its input a; `s` declares the shape of R."""
+    op = Graph(opset=OPSET, nodes=[node])
+    back = OPS["MaxPool"].transpose(op, Node(op, node, data=[0], nonnegative=set(), name="pool"), op.value(s))
+    end = gs.Variable("end", np.float32)
+    op.nodes.append(gs.Node("Identity", "end", inputs=[back.tensor], outputs=[end]))
+    (found,) = run(op.nodes, [node.inputs[0], s], [end], {node.inputs[0].name: a, s.name: R})
+    return found
+
+
 def test_max_pool_gives_ties_to_the_first() -> None:
     for attrs in ({"kernel_shape": [2], "strides": [2]}, {"kernel_shape": [3], "strides": [1]}):
         x = gs.Variable("x", np.float32, [1, 1, 4])
         node = gs.Node("MaxPool", "pool", attrs, [x], [gs.Variable("y", np.float32, [1, 1, 2])])
-        op = Graph(opset=OPSET, nodes=[node])
-        view = Node(op, node, data=[0], nonnegative=set(), name="pool")
         s = gs.Variable("s", np.float32, [None] * 3)
-        back = OPS["MaxPool"].transpose(op, view, op.value(s))
-        end = gs.Variable("end", np.float32)
-        op.nodes.append(gs.Node("Identity", "end", inputs=[back.tensor], outputs=[end]))
-        (r,) = run(
-            op.nodes, [x, s], [end], {"x": np.ones((1, 1, 4), np.float32), "s": np.array([[[1, 2]]], np.float32)}
-        )
+        r = max_pool_back(node, s, np.ones((1, 1, 4), np.float32), np.array([[[1, 2]]], np.float32))
         expected = [1, 0, 2, 0] if attrs["strides"] == [2] else [1, 2, 0, 0]
         assert r.reshape(-1).tolist() == expected
 
@@ -410,13 +413,7 @@ def test_max_pool_over_tiles_gives_ties_to_the_first_of_each(size: tuple[int, in
     x, y, s = (gs.Variable(name, np.float32, [None, 3, *size]) for name, size in sizes.items())
     attrs = {"kernel_shape": [3, 2], "strides": [3, 2]}
     node = gs.Node("MaxPool", "pool", attrs, [x], [y])
-    op = Graph(opset=OPSET, nodes=[node])
-    view = Node(op, node, data=[0], nonnegative=set(), name="pool")
-    back = OPS["MaxPool"].transpose(op, view, op.value(s))
-    end = gs.Variable("end", np.float32)
-    op.nodes.append(gs.Node("Identity", "end", inputs=[back.tensor], outputs=[end]))
-    (found,) = run(op.nodes, [x, s], [end], {"x": a, "s": R})
-    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(max_pool_back(node, s, a, R), expected)
 
 
 EMPTY_WINDOWS = [  # the runtime's Indices are in front of the channel where a window lies wholly in the padding
@@ -435,14 +432,10 @@ def test_windows_of_max_pool_without_a_maximum_stay_in_their_channel(
     y = gs.Variable("y", np.float32, [None, 2, *[None] * len(size)])
     s = gs.Variable("s", np.float32, [None, 2, *[None] * len(size)])
     node = gs.Node("MaxPool", "pool", attrs, [x], [y])
-    op = Graph(opset=OPSET, nodes=[node])
-    back = OPS["MaxPool"].transpose(op, Node(op, node, data=[0], nonnegative=set(), name="pool"), op.value(s))
-    end = gs.Variable("end", np.float32)
-    op.nodes.append(gs.Node("Identity", "end", inputs=[back.tensor], outputs=[end]))
     a = np.ones((3, 2, *size), np.float32)
     (pooled,) = run([node], [x], [y], {"x": a})
     R = np.arange(1, 1 + pooled.size, dtype=np.float32).reshape(pooled.shape)
-    (found,) = run(op.nodes, [x, s], [end], {"x": a, "s": R})
+    found = max_pool_back(node, s, a, R)
     axes = tuple(range(2, a.ndim))
     np.testing.assert_array_equal(found.sum(axes), R.sum(axes))
 

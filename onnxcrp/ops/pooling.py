@@ -73,7 +73,7 @@ class _Windows:
         """s [N, C, h...] -> [N, C, H...]: every position of a window gets `weight` times the window's s."""
         op, node, rest = self.op, self.node, _left_over(self.node)
         if rest is not None:
-            return _with_rest(op, copied(op, s if weight == 1 else s * weight, self.kernel), rest)
+            return _with_rest(op, copied(op, s * weight, self.kernel), rest)
         each = op.constant(np.full((1, 1, *self.kernel), weight, op.dtype))
         windows = node.dims(output=True)[2:]
         known = None not in windows and not node.attrs.get("ceil_mode", 0)
