@@ -265,6 +265,7 @@ class _Writer:
         facts = self.facts
         position = {name: facts.order[facts.producer[name].name] for name in {*conditions, *record, *start}}
         self.conditioned = sorted(set(conditions), key=position.__getitem__)
+        self.op.many = bool(conditions)
         self.recorded = sorted(set(record), key=position.__getitem__)
         self.started = sorted(set(start), key=position.__getitem__)
         self._name_interface()

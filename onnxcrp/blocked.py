@@ -7,6 +7,10 @@ so here they take the blocked tensors, and the reorders between them go. Every n
 
 What may be taken blocked: tensors [N, C, H, W] of known C, H, W, C a multiple of 16 (no block is padded), that agree in
 C, H and W; N may be 1 in some of them. Numbers are broadcast as ever, tensors [1, 1, H, W] after they were expanded.
+Channels are parted between blocks.
+
+A message that is added to what a convolution finds, as at every skip, is where that convolution adds up its products:
+the one place where the order of a sum changes, and with it the last bit. Both have the same N, or it stays.
 """
 
 from __future__ import annotations
@@ -31,12 +35,14 @@ from onnxcrp.profiling import BLOCKED, OURS
 from onnxcrp.session import CPU, Provider, Session, skeleton
 from onnxcrp.session import providers as best_first
 
-NCHWC = "com.microsoft.nchwc"
+NCHWC, CONTRIB = "com.microsoft.nchwc", "com.microsoft"
 SMALL = 64  # entries of initializers that shapes may depend on
 FLOAT, BOOL = onnx.TensorProto.FLOAT, onnx.TensorProto.BOOL
 UNARY = {"Abs", "Cast", "Clip", "Erf", "Exp", "Identity", "Neg", "Not", "Reciprocal", "Relu", "Sigmoid", "Sign", "Sqrt"}
 COMPARISONS = {"And", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Or"}
 ELEMENTWISE = UNARY | COMPARISONS | {"Add", "Div", "Max", "Min", "Mul", "Sub", "Tanh", "Where"}
+POOLS = {"AveragePool", "GlobalAveragePool", "GlobalMaxPool", "MaxPool"}
+BY_SAMPLE = POOLS | {"Conv", "ConvTranspose", "QuickGelu", "ReorderInput", "ReorderOutput", "Upsample"}  # N as it was
 
 
 def start(
@@ -156,6 +162,64 @@ def _block() -> int:
     return int(np.flatnonzero(session.run({"usual": counted})["blocked"].ravel() == 1)[0])
 
 
+def _scales(node: onnx.NodeProto, constants: Mapping[str, onnx.TensorProto]) -> list[float]:
+    """By how much a Resize enlarges every axis; [] where only the run knows, and of other nodes."""
+    given = len(node.input) == 3 and node.op_type == "Resize" and node.input[2] in constants
+    if not given or any(attribute.name == "axes" for attribute in node.attribute):
+        return []
+    return onnx.numpy_helper.to_array(constants[node.input[2]]).tolist()
+
+
+def _by_channels(node: onnx.NodeProto, constants: Mapping[str, onnx.TensorProto]) -> bool:
+    """Whether a node puts channels together or takes some of them, one after another."""
+    if node.op_type in ("Concat", "Split"):
+        return any(attribute.name == "axis" and attribute.i in (1, -3) for attribute in node.attribute)
+    if node.op_type != "Slice" or len(node.input) < 4 or not all(name in constants for name in node.input[1:]):
+        return False
+    axes, *steps = (onnx.numpy_helper.to_array(constants[name]).tolist() for name in node.input[3:])
+    return axes in ([1], [-3]) and steps in ([], [[1]])
+
+
+def _batches(
+    graph: onnx.GraphProto, tensors: Mapping[str, Described], constants: Mapping[str, onnx.TensorProto]
+) -> dict[str, frozenset[str]]:
+    """Name of a tensor [N, C, H, W] -> those whose largest N is its own, none where N is 1.
+
+    What follows from the same has the same N. Inputs that call their first size the same count as the first of them,
+    and what is not known to follow from others follows from itself.
+    """
+    found = {
+        name: frozenset([name] if tensor.dims[0] != 1 else [])
+        for name, tensor in constants.items()
+        if len(tensor.dims) == 4
+    }
+    first: dict[str, str] = {}
+    for port in graph.input:
+        sizes = port.type.tensor_type.shape.dim
+        if len(sizes) == 4:
+            name = first.setdefault(sizes[0].dim_param, port.name) if sizes[0].dim_param else port.name
+            found[port.name] = frozenset([name] if sizes[0].dim_value != 1 else [])
+    for node in graph.node:
+        if node.op_type in BY_SAMPLE or _scales(node, constants)[:1] == [1] or _by_channels(node, constants):
+            read = [node.input[0], *(node.input[3:] if node.op_type == "Conv" else [])]
+        elif node.op_type in ELEMENTWISE:
+            read = [name for name in node.input if name and not (name in constants and _is_one(constants[name]))]
+        else:
+            read = [""]
+        follows = node.domain in ("", NCHWC, CONTRIB) and all(name in found for name in read)
+        for name in node.output:
+            if follows:
+                found[name] = frozenset().union(*(found[each] for each in read))
+            elif node.domain == NCHWC or (name in tensors and len(tensors[name].sizes) == 4):
+                found[name] = frozenset([name])
+    return found
+
+
+def _is_one(tensor: onnx.TensorProto) -> bool:
+    """One number that changes no shape of four axes."""
+    return np.prod(tensor.dims) == 1 and len(tensor.dims) <= 4
+
+
 class _Rewriter:
     """One pass over the nodes in order. A tensor may exist blocked, in the usual layout, or both."""
 
@@ -175,6 +239,8 @@ class _Rewriter:
         self.only_blocked: set[str] = set()  # tensors of which the usual form is not written yet
         self.expanded: dict[tuple[str, int], str] = {}  # (tensor [1, 1, H, W], C) -> [1, C, H, W]
         self.stands_for: dict[str, str] = {}  # output of a ReorderInput that went -> the blocked tensor that was there
+        self.batches = _batches(graph, tensors, self.stored)
+        self.shapes: dict[str, list[str | int | None]] = {}  # of tensors that may be overwritten
         self.nodes: list[onnx.NodeProto] = []
 
     def rewrite(self) -> int:
@@ -191,7 +257,7 @@ class _Rewriter:
                 self.blocked[source] = target
             for at, name in enumerate(node.input):
                 node.input[at] = self.stands_for.get(name, name)
-            if self._elementwise(node) or self._copied(node):
+            if self._elementwise(node) or self._copied(node) or self._parted(node):
                 count += 1
                 continue
             for name in node.input:
@@ -199,6 +265,7 @@ class _Rewriter:
             self.nodes.append(node)
         del self.graph.node[:], self.graph.value_info[:]
         self.graph.node.extend(self.nodes)
+        self.graph.value_info.extend(onnx.helper.make_tensor_value_info(n, FLOAT, s) for n, s in self.shapes.items())
         return count
 
     @staticmethod
@@ -213,7 +280,7 @@ class _Rewriter:
         return self.tensors[name].kind
 
     def _is_number(self, name: str) -> bool:
-        return not name or (name in self.constants and np.prod(self.constants[name].dims) == 1)
+        return not name or (name in self.constants and _is_one(self.constants[name]))
 
     def _elementwise(self, node: onnx.NodeProto) -> bool:
         """Write the node on blocked tensors, if it can be and pays."""
@@ -227,6 +294,8 @@ class _Rewriter:
             return False
         if len(there) < len(tensors) and not any(map(self._takes_blocked, self.readers[target])):
             return False  # reorders would only move
+        if self._added_up(node, sizes):
+            return True
         for at, name in enumerate(node.input):
             if not self._is_number(name):
                 node.input[at] = self._as_blocked(name, sizes)
@@ -235,18 +304,69 @@ class _Rewriter:
         self._now_blocked(target, node.output[0])
         return True
 
+    def _added_up(self, node: onnx.NodeProto, sizes: Sequence[int | None]) -> bool:
+        """Write the sum of a convolution that nothing else reads and a tensor of its shape as that convolution.
+
+        It overwrites that tensor, if nothing reads it later and the runtime can see that it is of one shape.
+        """
+        if node.op_type != "Add" or not all(self._agrees(name, sizes) for name in node.input):
+            return False
+        batch, other = (self.batches.get(name) for name in node.input)
+        if batch is None or batch != other:
+            return False
+        for name, message in (node.input, node.input[::-1]):
+            convolution = self._convolution(name)
+            if convolution is None or self.readers[message][-1] is not node:
+                continue
+            added, summed = self._as_blocked(message, sizes), convolution.output[0]
+            convolution.input.extend([""] * (3 - len(convolution.input)) + [added])
+            self.shapes[added] = self.shapes[summed] = ["|".join(sorted(batch)) or 1, *sizes]
+            self.nodes.remove(convolution)
+            self.nodes.append(convolution)
+            self.only_blocked.remove(name)
+            self._now_blocked(node.output[0], summed)
+            return True
+        return False
+
+    def _convolution(self, name: str) -> onnx.NodeProto | None:
+        """The blocked convolution that makes a tensor for one reader, if one does and adds nothing up yet."""
+        if name not in self.only_blocked or len(self.readers[name]) > 1:
+            return None
+        form = self.blocked[name]
+        maker = next(node for node in reversed(self.nodes) if form in node.output)
+        activated = any(attribute.name == "activation" for attribute in maker.attribute)
+        free = (maker.domain, maker.op_type) == (NCHWC, "Conv") and len(maker.input) < 4 and not activated
+        return maker if free and len(self.readers[form]) < 2 else None
+
+    def _parted(self, node: onnx.NodeProto) -> bool:
+        """Write a Split or Slice between blocks of channels on blocked tensors."""
+        if node.domain or node.op_type not in ("Split", "Slice") or not _by_channels(node, self.constants):
+            return False
+        source, targets = node.input[0], list(node.output)
+        first = onnx.numpy_helper.to_array(self.constants[node.input[1]]) if node.op_type == "Slice" else 0
+        if source not in self.only_blocked or not all(map(self._fits, targets)) or first % CHANNEL_BLOCK:
+            return False
+        if not any(self._takes_blocked(reader) for name in targets for reader in self.readers[name]):
+            return False
+        node.input[0] = self.blocked[source]
+        self.nodes.append(node)
+        for at, target in enumerate(targets):
+            node.output[at] = self._free(f"{target}/blocked")
+            self._now_blocked(target, node.output[at])
+        return True
+
     def _copied(self, node: onnx.NodeProto) -> bool:
         """Write a Resize that copies every entry over a window on blocked tensors: the runtime's Upsample."""
-        if node.op_type != "Resize" or node.domain or len(node.input) != 3 or node.input[2] not in self.constants:
+        scales = _scales(node, self.constants)
+        if len(scales) != 4 or node.domain:
             return False
         source, target = node.input[0], node.output[0]
         given = {each.name: onnx.helper.get_attribute_value(each) for each in node.attribute}
-        copies = all(given.get(name) == value.encode() for name, value in COPIES.items()) and "axes" not in given
-        scales = onnx.numpy_helper.to_array(self.constants[node.input[2]])
-        whole = len(scales) == 4 and (scales[:2] == 1).all() and (scales == scales.round()).all()
+        copies = all(given.get(name) == value.encode() for name, value in COPIES.items())
+        whole = scales[:2] == [1, 1] and all(scale.is_integer() for scale in scales)
         if not copies or not whole or source not in self.only_blocked or not self._fits(target):
             return False
-        how = {"mode": COPIES["mode"], "scales": scales.astype(int)}
+        how = {"mode": COPIES["mode"], "scales": [int(scale) for scale in scales]}
         how["coordinate_transformation_mode"] = COPIES["coordinate_transformation_mode"]
         form = self._free(f"{target}/blocked")
         self._append("Upsample", [self.blocked[source]], form, f"{node.name}{BLOCKED}", domain=NCHWC, **how)

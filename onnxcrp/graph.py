@@ -11,6 +11,7 @@ zero is a symbolic zero: it swallows products, vanishes from sums and never beco
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +23,8 @@ import onnx_graphsurgeon as gs
 
 Operand = "Value | float | int | np.ndarray | Sequence[int]"
 
-_SMALL = 4096  # constants up to this many elements are shared by content, larger ones by identity
+_SMALL = 4096  # what follows from constants is stored up to this many elements, larger ones are written as nodes
+_SHARED = 1 << 16  # constants up to this many elements are shared by content, larger ones by identity
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,8 @@ class Value:
     `nonnegative` and `nonpositive` are static facts: no element is below (above) zero. `message` says that it depends
     on what is asked, so that it may have as many rows as there are questions, while what is no message is computed once
     for the sample. A product of a message and such factors is written late: divided by another factor it stays one
-    product, and a . T(s) / z costs one pass over the questions, not two; a . x + a . y is written as a . (x + y).
+    product, and a . T(s) / z costs one pass over the questions, not two; a . x + a . y is written as a . (x + y), and
+    (a . x + b . y) / z, where there are many questions for a sample, as (a / z) . x + (b / z) . y.
     """
 
     __array_ufunc__ = None  # numpy must not swallow `array * value`
@@ -112,6 +115,7 @@ class Value:
         self.array = array
         self.message = message
         self.product = product
+        self.addends: tuple[Value, Value] | None = None  # of a sum of products
         self._scope = list(graph._scope) if product else []
         self.nonnegative = nonnegative or (array is not None and array.dtype.kind in "fiu" and bool((array >= 0).all()))
         self._nonpositive = False
@@ -170,7 +174,10 @@ class Value:
             return self
         if self._is_scalar(0):
             return other
-        return self._combined(self.graph.Add, other)._if(
+        found = self._combined(self.graph.Add, other)
+        if all(value.product or value.addends for value in (self, other)):
+            found.addends = (self, other)
+        return found._if(
             nonnegative=self.nonnegative and other.nonnegative, nonpositive=self.nonpositive and other.nonpositive
         )
 
@@ -210,6 +217,8 @@ class Value:
         nonnegative = self.nonnegative and other.nonnegative
         if self.product is not None and not other.message:
             return self.graph.delayed(self.product.over(other))._if(nonnegative=nonnegative)
+        if self.addends is not None and self.graph.many and not other.message:
+            return self.addends[0] / other + self.addends[1] / other
         return self.graph.Div(self, other)._if(nonnegative=nonnegative)
 
     def __matmul__(self, other: Any) -> Value:
@@ -280,6 +289,7 @@ class Graph:
         self.opset = opset
         self.flip_convolutions = flip_convolutions  # stride-1 transposes as convolutions: twice as fast on CPU
         self.store_weights = store_weights  # W+, flipped kernels ... as constants, not as nodes that a runtime folds
+        self.many = False  # questions for a sample: is a pass over them dearer than one over what they share?
         self.dtype = np.dtype(dtype)
         self.nodes: list[gs.Node] = list(nodes)
         self.zero = Value(self, None, nonnegative=True)
@@ -304,9 +314,9 @@ class Graph:
     def constant(self, array: Any, dtype: Any = None) -> Value:
         """A constant; small equal ones are shared."""
         array = np.asarray(array, dtype=dtype)
-        if array.size > _SMALL:
+        if array.size > _SHARED:
             return Value(self, None, array)
-        key = (array.dtype.str, array.shape, array.tobytes())
+        key = (array.dtype.str, array.shape, hashlib.sha256(array.tobytes()).digest())
         if key not in self._constants:
             self._constants[key] = Value(self, None, array)
         return self._constants[key]

@@ -34,10 +34,12 @@ def run(op: Graph, result: Value) -> tuple[np.ndarray, dict[str, np.ndarray], Co
     """The result, what was fed, and how many nodes of which operator read a message (three rows)."""
     rng = np.random.default_rng(0)
     feeds = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in SHAPES.items()}
-    tensor = result.tensor
-    nodes = list(op.nodes)
-    nodes.append(gs.Node("Identity", "out", inputs=[tensor], outputs=[gs.Variable("result", np.float32)]))
-    read = {t.name for node in nodes for t in node.inputs}
+    out = gs.Node("Identity", "out", inputs=[result.tensor], outputs=[gs.Variable("result", np.float32)])
+    nodes, read = [out], {result.name}
+    for node in reversed(op.nodes):
+        if read & {t.name for t in node.outputs}:
+            nodes.insert(0, node)
+            read |= {t.name for t in node.inputs}
     inputs = [op.value(gs.Variable(name, np.float32, shape)).tensor for name, shape in SHAPES.items() if name in read]
     proto = export(gs.Graph(nodes=nodes, inputs=inputs, outputs=nodes[-1].outputs, opset=18), ir_version=10)
     fed = {t.name: feeds[t.name] for t in inputs}
@@ -80,6 +82,27 @@ def test_a_shared_factor_goes_on_as_a_product(op: Graph, v: dict[str, Value]) ->
     got, f, passes = run(op, (v["a"] * v["x"] + v["a"] * v["y"]) / v["z"])
     np.testing.assert_allclose(got, f["a"] * (f["x"] + f["y"]) / f["z"], rtol=1e-4)
     assert passes == {"Add": 1, "Mul": 1}
+
+
+@pytest.mark.parametrize(("many", "passes"), [(False, {"Mul": 2, "Add": 1, "Div": 1}), (True, {"Mul": 2, "Add": 1})])
+def test_many_questions_divide_what_they_share(op: Graph, v: dict[str, Value], many: bool, passes: Any) -> None:
+    """(a x + b y) / z: a / z and b / z once for all questions."""
+    op.many = many
+    got, f, counted = run(op, (v["a"] * v["x"] + v["b"] * v["y"]) / v["z"])
+    np.testing.assert_allclose(got, (f["a"] * f["x"] + f["b"] * f["y"]) / f["z"], rtol=1e-5)
+    assert counted == passes
+
+
+def test_many_questions_divide_every_term(op: Graph, v: dict[str, Value]) -> None:
+    """((a x + b y) + b x) / z is three products and two sums; (a x + y) / z stays, a division is as dear as a product."""
+    op.many = True
+    three = v["a"] * v["x"] + v["b"] * v["y"] + v["b"] * v["x"]
+    got, f, counted = run(op, three / v["z"])
+    np.testing.assert_allclose(got, (f["a"] * f["x"] + f["b"] * f["y"] + f["b"] * f["x"]) / f["z"], rtol=1e-4)
+    assert counted == {"Mul": 3, "Add": 2}
+    got, f, counted = run(op, (v["a"] * v["x"] + v["y"]) / v["z"])
+    np.testing.assert_allclose(got, (f["a"] * f["x"] + f["y"]) / f["z"], rtol=1e-5)
+    assert counted == {"Mul": 1, "Add": 1, "Div": 1}
 
 
 def test_signs_are_known_where_they_are_provable(op: Graph, v: dict[str, Value]) -> None:
