@@ -139,8 +139,8 @@ class Composite:
             elif name not in settable:
                 exist = [*settable, "stabilizer", "bias"]
                 raise CompositeError(
-                    f'{call}: no rule of this composite has a parameter "{name}"; there are {_listed(exist)}'
-                    + _suggest(name, exist)
+                    f'{call}: no rule of this composite has a parameter "{name}"{_suggest(name, exist)}',
+                    hint=f"there are {_listed(exist)}",
                 )
         lines = []
         for line in self.lines:

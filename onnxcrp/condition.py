@@ -115,7 +115,8 @@ def _channels(weights: Mapping[Any, Any], layer: str, shape: Shape, axis: int) -
             raise QuestionError(f"layer {layer}: channels are whole numbers, got {channel!r}")
         if not 0 <= channel < count:
             raise QuestionError(
-                f"layer {layer}: channel {channel} is out of range, it has {count} channels, 0..{count - 1}"
+                f"layer {layer}: channel {channel} is out of range, it has {count} channels, 0..{count - 1}",
+                hint="channels count from 0",
             )
         keep[channel] = _weight(weight, f"layer {layer}: the weight of channel {channel}")
     return keep.reshape([count if at == axis else 1 for at in range(len(shape))])
@@ -221,7 +222,8 @@ def top_count(target: Any) -> int | None:
     found = re.fullmatch(r"top(\d*)", target)
     if not found or found[1].startswith("0"):
         raise QuestionError(
-            f'target "{target}" is unknown', hint='words are "top" and "topK" with K >= 1, such as "top3"'
+            f'target "{target}" is unknown',
+            hint='words are "top" and "topK" with K >= 1, such as "top3"; classes are numbers, 208',
         )
     return int(found[1] or 0)
 
@@ -289,6 +291,7 @@ def _index(entry: Any, shape: Sequence[int]) -> tuple[int, ...]:
         name = "class" if len(shape) <= 1 else "index"
         raise QuestionError(
             f"target {name} {_plain(entry)} is out of range, the explained output has {limits}",
+            hint="classes count from 0" if name == "class" else f"one number for each of its {len(shape)} axes, from 0",
         )
     return tuple(int(part) for part in parts)
 

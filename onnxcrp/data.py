@@ -97,11 +97,14 @@ def read_inputs(
     """Samples of pictures, .npy, .npz and .csv files one by one, directories sorted by name.
 
     shape, dtype: the model's input; others: its further inputs {name: (shape, dtype)}, which only an .npz with their
-    names as keys can give. Raises InputError naming the file, what was expected and what to do.
+    names as keys can give. Raises InputError naming the file, what was expected and what to do; of one that is not
+    there before the first is read.
     """
     reader = _Reader(preprocessing, shape, np.dtype(dtype), input_name, others or {})
-    for path in paths:
-        place = locate(path)
+    places = [locate(path) for path in paths]
+    for place in places:
+        _check_there(place.path)
+    for place in places:
         if place.path.is_dir():
             files = sorted(p for p in place.path.iterdir() if p.suffix.lower() in (*PICTURES, *ARRAYS))
             if not files:
@@ -124,12 +127,6 @@ class _Reader:
 
     def read(self, place: Place) -> Iterator[Sample]:
         path, suffix = place.path, place.path.suffix.lower()
-        if not path.is_file():
-            nearest = difflib.get_close_matches(path.name, _siblings(path), n=1)
-            raise InputError(
-                f"{path}: no such file",
-                hint=f"did you mean {path.with_name(nearest[0])}?" if nearest else "check the path",
-            )
         if suffix in ARRAYS:
             wanted = (self.input_name, *self.others)
             if suffix == ".npy" or place.key is not None:
@@ -212,6 +209,15 @@ class _Reader:
             x = feeds.pop(self.input_name)
             display = self.preprocessing.to_display(x) if x.ndim == 4 else None
             yield Sample(name, x, display, where, feeds, self.input_name)
+
+
+def _check_there(path: Path) -> None:
+    if not path.exists():
+        nearest = difflib.get_close_matches(path.name, _siblings(path), n=1, cutoff=0.75)
+        raise InputError(
+            f"{path}: no such file",
+            hint=f"did you mean {path.with_name(nearest[0])}?" if nearest else "check the path",
+        )
 
 
 def _siblings(path: Path) -> list[str]:

@@ -174,7 +174,8 @@ class Names:
     def _nearest(self, name: str) -> str:
         below = [layer for layer in self._node if layer.startswith(name + ".")]  # a module, not a layer
         lowered = {layer.lower(): layer for layer in self._node}
-        close = [lowered[near] for near in difflib.get_close_matches(name.lower(), lowered, n=5, cutoff=0.5)]
+        cutoff = 0.5 if len(name) > 3 else 0.8  # of short names half is little
+        close = [lowered[near] for near in difflib.get_close_matches(name.lower(), lowered, n=5, cutoff=cutoff)]
         nearest = list(dict.fromkeys([*below[-3:], *close]))[:5]
         return f"nearest: {', '.join(nearest)}" if nearest else f"layers: {', '.join(list(self._node)[:8])} ..."
 

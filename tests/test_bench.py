@@ -126,6 +126,19 @@ def test_reasons() -> None:
     assert reasons(known | {"shares_forward": True}, Bench("m", "c", {}, [CPU], None, 0)) == []
 
 
+@pytest.mark.parametrize(
+    ("seconds", "told"), [([1.0, 1.1, 1.2], []), ([1.0, 2.0, 2.5], ["one heatmap took 2.0 times"])]
+)
+def test_a_busy_machine_is_told(seconds: list[float], told: list[str]) -> None:
+    times = {"forward pass": Times.of([1.0, 1.0, 1.0]), "one heatmap": Times.of(seconds)}
+    made = Bench("m", "c", {}, [CPU], None, 0, times)
+    known = {"batch": "dynamic", "shares_forward": True, "quantized": False}
+    said = reasons(known, made)
+    assert len(said) == len(told)
+    assert all(part in line for part, line in zip(told, said, strict=True))
+    assert made.to_dict()["unsteady"] == pytest.approx(seconds[1] / seconds[0])
+
+
 def test_memory_and_start_of_a_process_of_its_own() -> None:
     found = bench(ECG, rounds=1, conditions=2)
     assert set(found.memory) == {"one heatmap", "2 conditions"}

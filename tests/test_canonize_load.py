@@ -50,7 +50,7 @@ def test_a_file_that_is_no_model(tmp_path, content):
 
 
 def test_a_folder(tmp_path):
-    with pytest.raises(ModelError, match="there is no file"):
+    with pytest.raises(ModelError, match="is a folder"):
         canonize(tmp_path)
 
 

@@ -223,11 +223,11 @@ def test_warnings_name_each_negative_target_once():
         "explain", *SHAPES, "-t", "top3", "-t", "2", "--top-concepts", f"{LAYER}:2", "--condition", f"{LAYER}=3"
     )
     told = [line for line in result.stderr.splitlines() if line.startswith("warning")]
-    assert [re.findall(r"target (\d) is negative \((\S+), (.+?)\)", line) for line in told] == [
-        [("2", "-0.603", SHAPES[1])], [("5", "-2.56", SHAPES[1])]]  # fmt: skip
+    assert [re.findall(r"target (\w+) is negative \((\S+), (.+?)\)", line) for line in told] == [
+        [("triangle", "-0.603", SHAPES[1])], [("hexagon", "-2.56", SHAPES[1])]]  # fmt: skip
     for target in ("0+1", "1-0"):
         assert done("explain", *SHAPES, "-t", target).stderr == ""
-    assert "target 2-1 is negative (-8.79, " in done("explain", *SHAPES, "-t", "2-1").stderr
+    assert "target triangle - ball is negative (-8.79, " in done("explain", *SHAPES, "-t", "2-1").stderr
     assert done("explain", *SHAPES, "-t", "0", "-q").stderr == ""
 
 
@@ -534,12 +534,16 @@ def test_verify_writes_relevance_with_spread_biases():
     ("arguments", "message", "hint"),
     [
         (["explain", "nope.onnx", SHAPES[1]], "nope.onnx", "path"),
-        (["explain", SHAPES[1], SHAPES[1]], "is not an ONNX model", ""),
+        (["explain", SHAPES[1], SHAPES[1]], "sample.png' is not an ONNX model", "an .onnx file is expected"),
+        (["explain", "fixtures", SHAPES[1]], "'fixtures' is a folder", "an .onnx file is expected"),
         (["explain", SHAPES[0], "nope.png"], "nope.png: no such file", "check the path"),
+        (["explain", *SHAPES, "nope.png", "-o", "all"], "nope.png: no such file", "check the path"),
+        (["explain", SHAPES[0], "fixtures/shapes/sampel.png"], "no such file", "fixtures/shapes/sample.png"),
         (["explain", SHAPES[0], ECG[1]], "a table holds 1-D signals", "pass a picture"),
         (["explain", ECG[0], SHAPES[1]], "the model takes 1-D signals", ".csv"),
-        (["explain", *SHAPES, "-t", "9"], "target class 9 is out of range", ""),
+        (["explain", *SHAPES, "-t", "9"], "target class 9 is out of range", "from 0"),
         (["explain", *SHAPES, "-t", "sphere"], 'target "sphere" cannot be read', "207-281"),
+        (["explain", *SHAPES, "-t", "banana"], 'target "banana" cannot be read', "a class name: disc, ball, "),
         (["explain", *SHAPES, "-t", "bal"], 'target "bal" cannot be read', "'ball'"),
         (["explain", *SHAPES, "-t", ""], 'target "" cannot be read', "208"),
         (["explain", *SHAPES, "--condition", ""], 'condition "" cannot be read', "LAYER=3,7"),
@@ -550,15 +554,17 @@ def test_verify_writes_relevance_with_spread_biases():
         (["verify", *SHAPES, "--spread-bias", "-o", "x.png"], "is an .npz file", "x.npz"),
         (["verify", *SHAPES, "--spread-bias", "-o", "/dev/null"], "it is no regular file", "NAME.npz"),
         (["explain", *SHAPES, "-t", "top9"], "has 6 entries only", ""),
-        (["explain", *SHAPES, "--condition", f"{LAYER}=99"], "channel 99 is out of range", ""),
+        (["explain", *SHAPES, "--condition", f"{LAYER}=99"], "channel 99 is out of range", "from 0"),
         (["explain", *SHAPES, "--condition", "layer2.0.conv9=1"], "there is no layer 'layer2.0.conv9'", LAYER),
         (["explain", *SHAPES, "--condition", "layer2"], "cannot be read", "LAYER=3,7"),
         (["explain", *SHAPES, "--condition", f"y=1+{LAYER}=1", "--start", f"{LAYER}=2"], "has no start", "apart"),
         (["explain", *SHAPES, "--top-concepts", "layer9:3"], "there is no layer 'layer9'", ""),
-        (["explain", *SHAPES, "--top-concepts", f"{LAYER}:0"], "at least one", f"{LAYER}:5"),
+        (["explain", *SHAPES, "--top-concepts", f"{LAYER}:0"], "'0' is no number of concepts", f"{LAYER}:5"),
+        (["explain", *SHAPES, "--top-concepts", f"{LAYER}:x"], "'x' is no number of concepts", f"{LAYER}:5"),
+        (["explain", *ECG, "--condition", "99=1"], "there is no layer '99'", "layers: 0, 1, 2"),
         (["explain", *SHAPES, "--record", "layer9", "--json"], "there is no layer 'layer9'", ""),
         (["explain", *SHAPES, "-c", "epsilonn"], 'composite "epsilonn" is unknown', "presets"),
-        (["explain", *SHAPES, "-c", "epsilon(gamma=3)"], 'no rule of this composite has a parameter "gamma"', ""),
+        (["explain", *SHAPES, "-c", "epsilon(gamma=3)"], 'no rule of this composite has a parameter "gamma"', "there are epsilon"),
         (["explain", *SHAPES, "--cmap", "blub"], "unknown colormap 'blub'", "bwr"),
         (["explain", *SHAPES, "-o", "out.xyz"], "cannot write a picture with the ending .xyz", ".png"),
         (["explain", *SHAPES, "-o", "nowhere/out.png"], "there is no folder nowhere", "mkdir"),
@@ -584,6 +590,23 @@ def test_errors_are_one_line_and_a_hint(arguments, message, hint, folder):
     assert all(line.startswith("hint: ") for line in rest)
     assert hint in "".join(rest)
     assert [p.name for p in folder.iterdir()] == ["fixtures"]
+
+
+def test_a_relevance_model_is_not_compiled_again(folder):
+    done("compile", SHAPES[0], "-o", "relevance.onnx")
+    for command in (["compile", "relevance.onnx", "-o", "again.onnx"], ["explain", "relevance.onnx", SHAPES[1]]):
+        result = run(*command)
+        assert result.exit_code == 1
+        assert re.match("error: this is a relevance model already.*\nhint: name the model", result.stderr)
+    assert not (folder / "again.onnx").exists()
+
+
+def test_a_target_is_answered_once(folder):
+    """By its name, by its number and among the top three; what is told of it calls it by its name."""
+    result = done("explain", *SHAPES, "-t", "hexagon", "-t", "5", "-t", "top3", "--json")
+    answers = json.loads(result.stdout)["samples"][0]["answers"]
+    assert [answer["name"] for answer in answers] == ["hexagon", "ball", "triangle"]
+    assert "the explained output of target hexagon is negative" in result.stderr
 
 
 @pytest.mark.parametrize(

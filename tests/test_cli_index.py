@@ -38,6 +38,10 @@ def home(tmp_path_factory) -> Path:
     (folder / "fixtures").symlink_to(FIXTURES)
     found = digits.digits("test")
     np.savez(folder / "ink.npz", x=digits.prepare(found.images[:400]), y=found.labels[:400])
+    (folder / "empty").mkdir()
+    (folder / "bad").mkdir()
+    (folder / "bad" / "a.png").write_text("no picture")
+    (folder / "cut.tar").write_bytes((ROOT / SHAPES[1]).read_bytes()[:20_000])
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         done("index", "build", *SHAPES, "-o", "shapes.index", "-q")
@@ -291,12 +295,36 @@ def test_classes_by_other_names(there):
     assert (short.exit_code, "holds 2 class names" in short.stderr) == (1, True)
 
 
+def test_what_a_build_leaves_out_and_finds_done_is_told(there):
+    folder = there / "some"
+    folder.mkdir()
+    (folder / "a.png").write_bytes((ROOT / "fixtures/shapes/sample.png").read_bytes())
+    (folder / "b.png").write_text("no picture")
+    (folder / "notes.txt").write_text("of something else")
+    (folder / "plan.doc").write_text("of something else")
+    build = ("index", "build", SHAPES[0], "some", "--layer", "conv1", "-o", "some.index")
+    said = done(*build).stderr
+    assert "warning: some: no samples, and left out: notes.txt and 1 more" in said
+    assert "skipped some/b.png: not a picture that Pillow can read" in said
+    assert "wrote some.index: 1 layers, 16 concepts, 1 sample, target predicted" in said
+    again = done(*build).stderr
+    assert "some.index is of this data already: 1 layers" in again
+    assert "wrote" not in again
+
+
 def test_compare_prints_and_plots(there):
     result = done("index", "compare", "shapes.index", "--layer", LAYER, "--layer", "conv1", "--k", 5, "-o", "a.png")
     frame = Index.open("shapes.index").compare([LAYER, "conv1"], 5)
     rows = re.findall(r"^  (\S+) +(\w+ \w+) +(\w+ \w+) +([\d.]+) +[\d.]+ +([\d.]+)$", result.stdout, re.MULTILINE)
     assert rows == [(r.layer, r.one, r.other, f"{r.overlap:.3f}", f"{r.jaccard:.3f}") for r in frame.itertuples()]
     assert (there / "a.png").stat().st_size > 5000
+
+
+def test_a_plot_that_cannot_be_drawn_is_told_before_anything_is_computed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    result = run("index", "compare", "shapes.index", "-o", "a.png")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "plots need matplotlib" in result.stderr
 
 
 def test_one_criterion_has_nothing_to_compare(there):
@@ -363,6 +391,13 @@ def test_another_model_is_refused(there):
         (["show", "shapes.index", "--layer", LAYER, "-C", 1, "-o", "no/a.png"], "there is no folder no", "mkdir"),
         (["compare", "shapes.index", "-o", "no/a.png"], "there is no folder no", "mkdir"),
         (["build", SHAPES[0], "nothing", "-o", "x.index"], "nothing: no such dataset", "folder"),
+        (["build", SHAPES[0], "fixtures/shapes/sample.png", "-o", "x.index"], "one file is no dataset", "a folder"),
+        (["build", SHAPES[0], "empty", "-o", "x.index"], "the folder holds no pictures", ".png"),
+        (["build", SHAPES[0], "bad", "-o", "x.index"], "the one sample cannot be read: bad/a.png", "pictures"),
+        (["build", SHAPES[0], "cut.tar", "-o", "x.index"], "cut.tar: cut off at byte 20000", "copy it"),
+        (["build", *SHAPES, "-o", "bad"], "cannot write bad: the folder holds a.png", "NAME.index"),
+        (["build", *SHAPES, "-o", "cut.tar"], "cannot write cut.tar: it is a file", "NAME.index"),
+        (["merge", "shapes.index", "-o", "bad"], "cannot write bad: the folder holds a.png", "NAME.index"),
         (["build", *SHAPES, "-o", "shapes.index", "-c", "epsilon"], "index of something else: composite", "another"),
         (["build", *SHAPES, "-o", "x.index", "--criteria", "best"], "criteria is best", "relmax, actmax"),
         (["build", *SHAPES, "-o", "x.index", "--shard", "8/8"], "shard is '8/8'", "0/8"),

@@ -312,7 +312,7 @@ def test_mistakes_are_named_with_their_place(mistake, write):
     ("call", "message"),
     [
         ("epsilon_pus", r'did you mean "epsilon_plus"'),
-        ("epsilon(gamma=1)", r'no rule of this composite has a parameter "gamma"; there are epsilon'),
+        ("epsilon(gamma=1)", r'no rule of this composite has a parameter "gamma" .hint: there are epsilon'),
         ("epsilon_gamma_box(lo=1)", r'did you mean "low"'),
         ("epsilon(epsilon=0)", "above 0"),
         ("alpha2_beta1(alpha=3)", "set beta = 2"),

@@ -94,7 +94,7 @@ def test_top_concepts_of_layers_whose_names_end_in_numbers():
     explainer.facts.names.resolve = lambda name: resolve("6" if name == "layer:0" else name)  # type: ignore[method-assign]
     assert study.parse_top_concepts(explainer, "layer:0") == ("6", 5)
     assert study.parse_top_concepts(explainer, "layer:0:2") == ("6", 2)
-    for text, message in (("nothing", "no layer 'nothing'"), ("6:0", "at least one"), ("6:x", "no layer '6:x'")):
+    for text, message in (("nothing", "no layer 'nothing'"), ("6:0", "'0' is no number"), ("6:x", "'x' is no number")):
         with pytest.raises(QuestionError, match=message):
             study.parse_top_concepts(explainer, text)
 

@@ -33,6 +33,7 @@ FORWARD, HEATMAP = "forward pass", "one heatmap"
 CPU = "CPUExecutionProvider"
 SCATTER = frozenset({"ScatterElements", "ScatterND", "Scatter", "GatherElements", "GatherND"})
 DEFAULT_CONDITIONS = 16
+UNSTEADY = 1.5  # a median so many times the fastest run is told
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,12 @@ class Bench:
         """In forward passes: the fastest of both, which other work on the machine disturbs least."""
         return self.times[what].fastest / self.times[FORWARD].fastest
 
+    @property
+    def unsteady(self) -> tuple[str, float]:
+        """The contender whose median is most above its fastest run, and by what factor."""
+        factors = {what: times.median / times.fastest for what, times in self.times.items()}
+        return max(factors.items(), key=lambda item: item[1], default=("", 1.0))
+
     def parts(self, what: str) -> dict[str, float]:
         """Share of the time by part."""
         shares: dict[str, float] = {}
@@ -100,7 +107,8 @@ class Bench:
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values."""
         ratios = {name: {"median": self.ratio(name), "fastest": self.best(name)} for name in self.times}
-        return asdict(self) | {"ratios": ratios, "parts": {what: self.parts(what) for what in self.steps}}
+        parts = {what: self.parts(what) for what in self.steps}
+        return asdict(self) | {"ratios": ratios, "parts": parts, "unsteady": self.unsteady[1]}
 
 
 def bench(
@@ -262,6 +270,12 @@ def layer_of(facts: Facts, name: str, op: str) -> str:
 def reasons(known: Mapping[str, Any], found: Bench) -> list[str]:
     """What explains the figures, a sentence each; `known` is what `Explainer.inspect` says."""
     told = []
+    what, factor = found.unsteady
+    if factor > UNSTEADY:
+        told.append(
+            f"other work keeps the machine busy: {what} took {factor:.1f} times its fastest run at the median; "
+            "trust what it is at best, or measure with --threads 1"
+        )
     if known["batch"] == "fixed":
         told.append("the batch is fixed in the file: samples and conditions run one by one")
     elif not known["shares_forward"]:

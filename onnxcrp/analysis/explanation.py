@@ -188,7 +188,10 @@ class ClassNames:
             hint = error.hint
             if near:
                 hint = f"did you mean {short[near[0]]!r}?"
-            elif not known and re.search(r"[^\W\d]", text) and not wanted.startswith("top"):
+            elif known:
+                some = ", ".join(list(short.values())[:6])
+                hint = f"{hint}, or a class name: {some}{' ...' if len(short) > 6 else ''}"
+            elif re.search(r"[^\W\d]", text) and not wanted.startswith("top"):
                 hint = f"no class names are known (--labels), so only numbers work: {hint}"
             raise QuestionError(error.message, hint=hint) from None
 
@@ -327,7 +330,7 @@ def _warn_of_negative(explainer: Explainer, found: Explanation, asked: Questions
     """A warning for each target of this sample whose explained output is negative, where that is the seed."""
     if (asked.seed or explainer.composite.seed) != "output":
         return
-    values = {words.target_text(a.target): a.value for a in found.answers if a.value is not None and a.value < 0}
+    values = {a.name: a.value for a in found.answers if a.value is not None and a.value < 0}
     for label, value in values.items():
         message = negative(label, value, found.sample.source, "--seed abs")
         warnings.warn(message, NegativeLogitWarning, stacklevel=3)
@@ -405,7 +408,7 @@ def _explain(explainer: Explainer, sample: Sample, asked: Questions, layout: str
 
 
 def _bases(explainer: Explainer, sample: Sample, asked: Questions) -> list[tuple[Any, Mapping[str, Any] | None]]:
-    """Every (target, start) that is asked; "topK" becomes K classes."""
+    """Every (target, start) that is asked, once; "topK" becomes K classes."""
     if asked.hidden:
         return [(None, start) for start in asked.starts]
     targets: list[Any] = []
@@ -418,6 +421,7 @@ def _bases(explainer: Explainer, sample: Sample, asked: Questions) -> list[tuple
             explained = np.asarray(explainer.explain(sample.feeds, "top", inputs=()).explained)
         found = words.target(target, shape=explained.shape[1:], batch=1, explained=explained)
         targets += [each.labels[0] for each in found]
+    targets = [target for at, target in enumerate(targets) if target not in targets[:at]]
     starts: Sequence[Mapping[str, Any] | None] = asked.starts or (None,)
     return [(target, start) for target in targets for start in starts]
 
@@ -502,11 +506,12 @@ def parse_top_concepts(explainer: Explainer, text: str, default: int = 5) -> tup
         return names.of(names.resolve(text)), default
     except QuestionError:
         layer, colon, count = text.rpartition(":")
-        if not colon or not count.isdigit():
+        if not colon:
             raise
-    if int(count) < 1:
-        raise QuestionError(f"top concepts {text!r}: at least one", hint=f"{layer}:5")
-    return names.of(names.resolve(layer)), int(count)
+    node = names.resolve(layer)
+    if not count.isdigit() or int(count) < 1:
+        raise QuestionError(f"top concepts {text!r}: {count!r} is no number of concepts", hint=f"{layer}:5")
+    return names.of(node), int(count)
 
 
 def _top_concepts(

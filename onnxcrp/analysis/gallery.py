@@ -34,7 +34,7 @@ COLORS = "Heatmaps: red speaks for the concept, blue against it, each on a scale
 BOXES = "Orange: the receptive field of the concept's strongest neuron."
 WHOLE = "The strongest neurons of these concepts see the whole sample."
 CROPS = "Crops: the receptive field of the concept's strongest neuron."
-MASKS = "Masked: bright where the blurred heatmap exceeds 40 % of its maximum."
+MASKS = "Masked: {} where the blurred heatmap exceeds 40 % of its maximum."
 PIECES_SAID = "Lines over each other: the receptive fields of the strongest neurons (orange), dark their mean."
 
 
@@ -69,7 +69,9 @@ def legend(index: Index, concepts: Sequence[ReferenceSamples], styles: Sequence[
     if {"full", "crop"} & set(styles):
         boxes = WHOLE if all(map(_everything, samples)) else BOXES if "full" in styles else CROPS
         words.append(PIECES_SAID if pieces else boxes)
-    return " ".join([*words, MASKS] if "masked" in styles else words)
+    if "masked" in styles:
+        words.append(MASKS.format("dark" if any(each.signal is not None for each in samples) else "bright"))
+    return " ".join(words)
 
 
 def group(index: Index, found: ReferenceSamples, styles: Sequence[str]) -> Group:

@@ -105,17 +105,24 @@ def load(model: str | os.PathLike | onnx.ModelProto) -> Source:
 
 def _read(path: Path) -> onnx.ModelProto:
     if not path.is_file():
-        raise ModelError(f"there is no file {str(path)!r}", hint="the path of an .onnx file is expected")
+        found = f"{str(path)!r} is a folder" if path.is_dir() else f"there is no file {str(path)!r}"
+        raise ModelError(found, hint="the path of an .onnx file is expected")
     try:
         proto = onnx.load_model(path, load_external_data=False)
     except MemoryError:
         raise
     except Exception as error:  # protobuf's error class depends on its implementation
-        message = f"{str(path)!r} is not an ONNX model: {_line(error)}"
-        raise ModelError(message, hint="was it exported whole?") from error
+        raise _no_model(path, _line(error)) from error
     if not proto.graph.node and not proto.graph.output:
-        raise ModelError(f"{str(path)!r} is not an ONNX model: it holds no graph", hint="was it exported whole?")
+        raise _no_model(path, "it holds no graph")
     return proto
+
+
+def _no_model(path: Path, why: str) -> ModelError:
+    """Of a file that onnx cannot read: a picture, a text ... need no reason."""
+    if path.suffix.lower() not in ("", ".onnx"):
+        return ModelError(f"{str(path)!r} is not an ONNX model", hint="the path of an .onnx file is expected")
+    return ModelError(f"{str(path)!r} is not an ONNX model: {why}", hint="was it exported, and copied, whole?")
 
 
 def _source_opset(proto: onnx.ModelProto) -> int:

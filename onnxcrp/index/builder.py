@@ -15,6 +15,7 @@ import shutil
 import sys
 import time
 import uuid
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,7 @@ from onnxcrp.errors import OnnxcrpError, QuestionError
 from onnxcrp.index import store
 from onnxcrp.index.state import RELMAX_SUM, State, from_ranges
 from onnxcrp.index.work import Block, Recipe, Work
+from onnxcrp.result import ExplanationWarning
 
 PARTS = "parts"
 SELECTION = "served.json"
@@ -73,8 +75,14 @@ def build(
         raise QuestionError(f"engine is {engine!r}", hint="local or ray")
     store.pyarrow()
     out = Path(out)
-    work = Work(Recipe(model=model, data=data, **settings))
     part = parse_shard(shard)
+    _check_own(out)
+    work = Work(Recipe(model=model, data=data, **settings))
+    for samples in work.data.datasets:
+        if samples.left_out:
+            more = f" and {len(samples.left_out) - 1} more" if len(samples.left_out) > 1 else ""
+            message = f"{samples.source}: no samples, and left out: {samples.left_out[0]}{more}"
+            warnings.warn(message, ExplanationWarning, stacklevel=2)
     with locked(out):
         return _Build(work, out, part, progress).run(engine, address=address, actors=actors)
 
@@ -331,9 +339,24 @@ def _shown(progress: Progress | bool | None, total: int, what: str) -> Iterator[
         yield show
 
 
+def _check_own(out: Path) -> None:
+    """Raises OnnxcrpError for a file, and for a folder that holds something and no index."""
+    if out.exists() and not out.is_dir():
+        raise OnnxcrpError(
+            f"cannot write {out}: it is a file", hint="the folder of an index is expected: -o NAME.index"
+        )
+    if not out.is_dir() or store.read_manifest(out) is not None or (out / PARTS).is_dir():
+        return
+    if others := sorted(entry.name for entry in out.iterdir() if not entry.name.startswith(".")):
+        raise OnnxcrpError(
+            f"cannot write {out}: the folder holds {others[0]} and is no index", hint="name another one: -o NAME.index"
+        )
+
+
 @contextlib.contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """Only one build at a time writes to a folder; a lock dies with its process."""
+    """Only one build at a time writes to a folder; a lock dies with its process. Raises as `_check_own` does."""
+    _check_own(out)
     with store.writing(out):
         out.mkdir(parents=True, exist_ok=True)
     try:

@@ -53,6 +53,7 @@ class Samples:
         self.name = name
         self.source = source  # as it can be opened again; None for arrays in memory
         self.labels = None if labels is None else np.asarray(labels, np.int64)  # [n], NO_LABEL where there is none
+        self.left_out: list[str] = []  # files beside the samples that are none
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -329,7 +330,9 @@ def _open_folder(name: str, source: str, labels_from: str | None, port: Port) ->
     if not names:
         raise InputError(
             f"{source}: the folder holds no pictures, arrays or tars",
-            hint=None if len(port.shape) == 4 else "1-D signals come as .npy, .npz or .csv files",
+            hint="pictures are .png, .jpg ..., arrays .npy files; an .npz is named itself"
+            if len(port.shape) == 4
+            else "1-D signals come as .npy, .npz or .csv files",
         )
     labels = None
     if all("/" in n for n in names):
@@ -341,7 +344,9 @@ def _open_folder(name: str, source: str, labels_from: str | None, port: Port) ->
             )
         number = {folder: at for at, folder in enumerate(folders)}
         labels = [number[n.split("/")[0]] for n in names]
-    return Folder(name, source, files, names, [sizes[n] for n in names], labels)
+    found = Folder(name, source, files, names, [sizes[n] for n in names], labels)
+    found.left_out = sorted(sizes.keys() - set(names))
+    return found
 
 
 def _read_table(where: str, content: bytes) -> dict[str, int]:
@@ -406,7 +411,10 @@ class Tars(Samples):
         labels: dict[str, int] = {}
         try:
             with self.files.open(tar) as file, tarfile.open(fileobj=file, mode="r:") as archive:
+                end = file.seek(0, os.SEEK_END)
                 for entry in archive:
+                    if entry.offset_data + entry.size > end or end % tarfile.BLOCKSIZE:
+                        raise InputError(f"{where}: cut off at byte {end}", hint="copy it once more")
                     folder, _, last = entry.name.rpartition("/")
                     stem, dot, ending = last.partition(".")
                     if not entry.isfile() or not dot or not stem:
@@ -423,7 +431,8 @@ class Tars(Samples):
             raise InputError(f"{where}: no such file", hint="check the path") from None
         except (tarfile.TarError, OSError) as error:
             raise InputError(
-                f"{where}: not an uncompressed tar ({error})", hint="samples of a .tar.gz cannot be read one by one"
+                f"{where}: not an uncompressed tar ({error})",
+                hint="is it whole? Samples of a .tar.gz cannot be read one by one",
             ) from None
         for key, member in members.items():
             yield labels.get(key, NO_LABEL), member
@@ -584,7 +593,8 @@ def _open(each: Any, port: Port, labels: Any) -> Samples:
             return Tars(name, source, Files(source), [""])
         return Tars(name, source, Files(root or "."), [path[len(root) + 1 :] if root else path for path in tars])
     if not Files(source).is_folder():
-        raise InputError(f"{source}: no such dataset", hint="a folder, an .npz or .npy file, .tar files, or a URL")
+        what = "one file is no dataset" if os.path.isfile(source) else "no such dataset"
+        raise InputError(f"{source}: {what}", hint="a folder, an .npz or .npy file, .tar files, or a URL")
     return _open_folder(name, source, from_file, port)
 
 

@@ -129,7 +129,8 @@ class Index:
         """The index in one line."""
         about = self.manifest
         concepts = sum(row.channels for row in self.layers.values())
-        words = f"{len(self.layers)} layers, {concepts} concepts, {about['samples']} samples"
+        samples = "1 sample" if about["samples"] == 1 else f"{about['samples']} samples"
+        words = f"{len(self.layers)} layers, {concepts} concepts, {samples}"
         words += f", target {about['question']['target']}"
         words += f", {about['skipped']} skipped" if about["skipped"] else ""
         words += f", {about['negative']} with a negative logit" if about["negative"] else ""

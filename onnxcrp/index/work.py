@@ -160,7 +160,9 @@ class Work:
             except InputError as error:
                 first = first or error
         assert first is not None
-        raise InputError(f"none of the first {min(len(self.data), self.recipe.block)} samples can be read: {first}")
+        count = min(len(self.data), self.recipe.block)
+        none = "the one sample cannot" if count == 1 else f"none of the first {count} samples can"
+        raise InputError(f"{none} be read: {first.message}", hint=first.hint)
 
     def _question(self) -> dict[str, Any]:
         """What the numbers of an index depend on, but for the data: what may not change while it grows."""
@@ -363,7 +365,7 @@ class Work:
             try:
                 found.append((sample, self.data.load(sample).x, label))
             except InputError as error:
-                found.append((sample, f"{self._name(sample)}: {error.message}", label))
+                found.append((sample, error.message, label))
         return found
 
     def _name(self, sample: int) -> str:

@@ -46,12 +46,16 @@ def agreement(frame: pandas.DataFrame, path: str | os.PathLike[str]) -> Path:
     return _write(figure, Path(path))
 
 
-def _write(figure: Any, path: Path) -> Path:
-    ending = path.suffix.lower().lstrip(".")
-    if ending not in figure.canvas.get_supported_filetypes():
+def check(path: Path) -> None:
+    """Raises InputError for an ending that matplotlib cannot write, OnnxcrpError without it."""
+    if path.suffix.lower().lstrip(".") not in _matplotlib()().canvas.get_supported_filetypes():
         raise InputError(
             f"{path}: cannot draw a plot with the ending {path.suffix or '(none)'}", hint=".png, .pdf, .svg"
         )
+
+
+def _write(figure: Any, path: Path) -> Path:
+    check(path)
     part = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{path.suffix}")
     try:
         figure.savefig(part)

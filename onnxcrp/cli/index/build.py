@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
@@ -24,7 +25,7 @@ SAID = 5  # skipped samples that are named
 )
 @options.model
 @click.argument("data", metavar="DATA...", nargs=-1, required=True)
-@click.option("-o", "--out", required=True, type=click.Path(file_okay=False), metavar="INDEX",
+@click.option("-o", "--out", required=True, type=click.Path(), metavar="INDEX",
               help="The folder of the index. A build that was stopped goes on there.")  # fmt: skip
 @click.option("--layer", "layers", multiple=True, metavar="GLOB",
               help="Layers, by name or glob. Repeatable."
@@ -81,13 +82,14 @@ def command(
     arrays (FILE.npz:KEY, taken as already preprocessed), WebDataset tars (a-{000..012}.tar), and any of them behind a
     URL that fsspec opens. NAME=PATH names a dataset; several make one index.
     """
-    from onnxcrp.index import build
+    from onnxcrp.index import build, store
     from onnxcrp.index.query import summary
 
     if engine == "local":
         options.refuse_idle(ctx, "address", "actors", without="--engine ray")
     if settings["batch_size"] is None:
         del settings["batch_size"]
+    before = store.read_manifest(Path(out))
     try:
         index = build(
             model,
@@ -115,4 +117,7 @@ def command(
             click.echo(f"skipped {reason}", err=True)
         if (more := len(index.skipped) - SAID) > 0:
             click.echo(f"skipped {more} more: onnxcrp index stats {out}", err=True)
-    wrote(out, index.describe(), quiet=quiet)
+    if index.manifest != before:
+        wrote(out, index.describe(), quiet=quiet)
+    elif not quiet:
+        click.echo(f"{out} is of this data already: {index.describe()}", err=True)

@@ -33,7 +33,9 @@ def command(index: str, layers: tuple[str, ...], k: int | None, out: str | None,
     from onnxcrp.index import Index
 
     if out is not None:
-        in_a_folder(Path(out))
+        from onnxcrp.picture import plot
+
+        plot.check(in_a_folder(Path(out)))
     opened = Index.open(index)
     for layer in layers:
         opened.layer(layer)
@@ -50,6 +52,4 @@ def command(index: str, layers: tuple[str, ...], k: int | None, out: str | None,
         ]
         columns(rows, titles=["layer", "one", "other", "overlap", "+-", "jaccard"])
     if out is not None:
-        from onnxcrp.picture.plot import agreement
-
-        wrote(agreement(frame, out), quiet=quiet)
+        wrote(plot.agreement(frame, out), quiet=quiet)

@@ -14,7 +14,7 @@ from onnxcrp.cli.output import steps, write_json, wrote
     examples=["onnxcrp index merge part0.index part1.index -o whole.index"],
 )
 @click.argument("indexes", metavar="INDEX...", nargs=-1, required=True, type=click.Path(file_okay=False))
-@click.option("-o", "--out", required=True, type=click.Path(file_okay=False), metavar="INDEX",
+@click.option("-o", "--out", required=True, type=click.Path(), metavar="INDEX",
               help="The folder of the merged index.")  # fmt: skip
 @options.as_json
 @options.quiet
