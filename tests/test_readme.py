@@ -12,6 +12,7 @@ import pytest
 from docs import readme
 from onnxcrp import Explainer
 from onnxcrp.composite import load
+from onnxcrp.data import for_model, load_inputs
 from onnxcrp.ops import OPS
 
 TEXT = readme.README.read_text(encoding="utf-8")
@@ -50,16 +51,21 @@ def test_the_relevance_model_runs_as_the_readme_says(tmp_path: Path, monkeypatch
     """Oracle: the Explainer, which asks other relevance models."""
     (command,) = [each for each in COMMANDS if each.startswith("onnxcrp compile")]
     readme.run(command, tmp_path)
+    (tmp_path / "fixtures").symlink_to(readme.ROOT / "fixtures")
     monkeypatch.chdir(tmp_path)
     (example,) = re.findall(r"```python\n(import numpy as np\nimport onnxruntime.*?)```", TEXT, re.DOTALL)
-    x = np.random.default_rng(0).normal(size=(1, 3, 64, 64)).astype(np.float32)
-    scope: dict[str, Any] = {"x": x}
+    scope: dict[str, Any] = {}
     exec(example, scope)
-    conditions = [{"layer3.0.conv2": [14]}, {"layer3.0.conv2": [8]}]
-    asked = Explainer(readme.ROOT / "fixtures/shapes/net.onnx").explain(x, 5, conditions=conditions, seed="output")
+    explainer = Explainer("fixtures/shapes/net.onnx")
+    dtype, shape = explainer.inputs["input"]
+    path = "fixtures/shapes/watermark.png"
+    (sample,) = load_inputs([path], for_model(None, shape, dtype, "fixtures/shapes/net.onnx"), shape, dtype)
+    conditions = [{"layer3.0.conv2": [6]}, {"layer3.0.conv2": [56]}]
+    asked = explainer.explain(sample.x, 5, conditions=conditions, seed="output")
     expected = asked.relevance["input"][0]
     np.testing.assert_allclose(scope["R"], expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
-    assert np.abs(expected).max() > 0
+    told = [float(figure) for figure in re.findall(r"0\.\d+", example.splitlines()[-1])]
+    np.testing.assert_allclose(expected.sum((1, 2, 3)), told, atol=5e-4)
 
 
 def test_the_composite_of_the_readme_loads(tmp_path: Path) -> None:
