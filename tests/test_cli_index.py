@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import re
@@ -41,7 +42,13 @@ def home(tmp_path_factory) -> Path:
     (folder / "empty").mkdir()
     (folder / "bad").mkdir()
     (folder / "bad" / "a.png").write_text("no picture")
+    (folder / "kinds" / "parts").mkdir(parents=True)  # a class may be called what a build calls its own
+    (folder / "kinds" / "parts" / "a.png").write_bytes((FIXTURES / "shapes" / "sample.png").read_bytes())
+    (folder / "foreign").mkdir()
+    (folder / "foreign" / "manifest.json").write_text('["of something else"]')
+    (folder / "notes.csv").write_text("file,class_index\n")
     (folder / "cut.tar").write_bytes((ROOT / SHAPES[1]).read_bytes()[:20_000])
+    (folder / "packed.tar.gz").write_bytes(gzip.compress((ROOT / SHAPES[1]).read_bytes()))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         done("index", "build", *SHAPES, "-o", "shapes.index", "-q")
@@ -304,7 +311,7 @@ def test_what_a_build_leaves_out_and_finds_done_is_told(there):
     (folder / "plan.doc").write_text("of something else")
     build = ("index", "build", SHAPES[0], "some", "--layer", "conv1", "-o", "some.index")
     said = done(*build).stderr
-    assert "warning: some: no samples, and left out: notes.txt and 1 more" in said
+    assert "warning: some: passed over 2 files without a sample: notes.txt ...\n" in said
     assert "skipped some/b.png: not a picture that Pillow can read" in said
     assert "wrote some.index: 1 layers, 16 concepts, 1 sample, target predicted" in said
     again = done(*build).stderr
@@ -395,7 +402,15 @@ def test_another_model_is_refused(there):
         (["build", SHAPES[0], "empty", "-o", "x.index"], "the folder holds no pictures", ".png"),
         (["build", SHAPES[0], "bad", "-o", "x.index"], "the one sample cannot be read: bad/a.png", "pictures"),
         (["build", SHAPES[0], "cut.tar", "-o", "x.index"], "cut.tar: cut off at byte 20000", "copy it"),
+        (["build", SHAPES[0], "packed.tar.gz", "-o", "x.index"], "not an uncompressed tar", "gunzip"),
+        (["build", SHAPES[0], "kinds", "--labels", "nope.csv", "-o", "x.index"], "nope.csv: no such file", "check"),
+        (["build", SHAPES[0], "kinds", "--labels", "notes.csv", "-o", "x.index"], "lists no files", "a/1.png,0"),
+        (["build", *DIGITS[:2], "--labels", "nope.npy", "-o", "x.index"], "nope.npy: no such file", "check"),
+        (["build", *DIGITS[:2], "--labels", "bad/a.png", "-o", "x.index"], "has columns no picture", "class_index"),
         (["build", *SHAPES, "-o", "bad"], "cannot write bad: the folder holds a.png", "NAME.index"),
+        (["build", *SHAPES, "-o", "kinds"], "cannot write kinds: the folder holds parts/a.png", "NAME.index"),
+        (["build", *SHAPES, "-o", "foreign"], "manifest.json: not the manifest of an index", "another"),
+        (["build", *SHAPES, "-o", "cut.tar/x.index"], "cannot write cut.tar/x.index: Not a directory", "may write"),
         (["build", *SHAPES, "-o", "cut.tar"], "cannot write cut.tar: it is a file", "NAME.index"),
         (["merge", "shapes.index", "-o", "bad"], "cannot write bad: the folder holds a.png", "NAME.index"),
         (["build", *SHAPES, "-o", "shapes.index", "-c", "epsilon"], "index of something else: composite", "another"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -172,6 +173,23 @@ def test_crops_that_are_the_full_picture_are_not_drawn_twice():
     assert reference(field=part).box == (slice(2, 5), slice(3, 4))
     assert boxes(drawing.tile(reference(field=np.ones((8, 8))), "full"), MARK) is None
     assert boxes(drawing.tile(reference(field=part), "full"), MARK) is not None
+
+
+@pytest.mark.parametrize(
+    "drawn",
+    [{"picture": np.full((8, 8, 3), 200, np.uint8)}, {"picture": None, "signal": np.zeros((1, 8))}],
+    ids=["picture", "signal"],
+)
+def test_the_legend_says_how_the_mask_is_drawn(drawn):
+    """Oracle: which half of the tile has the darker pixels, the one that the mask keeps or the other."""
+    heatmap = np.zeros((8, 8) if "signal" not in drawn else (1, 8))
+    heatmap[:, :4] = 1
+    each = reference(heatmap=heatmap, **drawn)
+    kept, other = np.split(np.asarray(drawing.tile(each, "masked").convert("L"))[2:-2, 2:-2], 2, 1)
+    found = ReferenceSamples("a", 0, "relmax", "sum", None, "activation", FRAME, [each])
+    index = SimpleNamespace(manifest={"question": {"normalize": False}})
+    word = "dark" if kept.min() < other.min() else "bright"
+    assert drawing.legend(index, [found], ["masked"]).startswith(f"Masked: {word} where")
 
 
 def test_what_is_neither_picture_nor_signal_is_refused():

@@ -76,6 +76,8 @@ def test_labels_csv_names_files_and_classes(folder, tmp_path):
     with pytest.raises(InputError, match="has columns picture, class"):
         open_data(str(path), port())
     (tmp_path / "other.csv").write_text("file,class_index\na/4.png,seven\n")
+    with pytest.raises(InputError, match=r"gone\.csv: no such file"):
+        open_data(str(path), port(), labels=tmp_path / "gone.csv")
     with pytest.raises(InputError, match="line 2: class_index is 'seven'"):
         open_data(str(path), port(), labels=tmp_path / "other.csv")
 
@@ -182,6 +184,8 @@ def test_webdataset_tars(tars):
         assert data.datasets[0].title(4) == "shard-001.tar/sub/0004.png"
         for i in range(6):
             np.testing.assert_array_equal(data.load(i).x, expected(pictures[i]))
+    (path / "about.txt").write_text("of the tars")
+    assert open_data(str(path), port()).datasets[0].left_out == ["about.txt"]
     with tarfile.open(path / "packed.tar", "w:gz"):
         pass
     with pytest.raises(InputError, match="not an uncompressed tar"):

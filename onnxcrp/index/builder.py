@@ -79,9 +79,9 @@ def build(
     _check_own(out)
     work = Work(Recipe(model=model, data=data, **settings))
     for samples in work.data.datasets:
-        if samples.left_out:
-            more = f" and {len(samples.left_out) - 1} more" if len(samples.left_out) > 1 else ""
-            message = f"{samples.source}: no samples, and left out: {samples.left_out[0]}{more}"
+        if count := len(samples.left_out):
+            message = f"{samples.source}: passed over {count} {'file' if count == 1 else 'files'} without a sample: "
+            message += samples.left_out[0] + (" ..." if count > 1 else "")
             warnings.warn(message, ExplanationWarning, stacklevel=2)
     with locked(out):
         return _Build(work, out, part, progress).run(engine, address=address, actors=actors)
@@ -345,9 +345,11 @@ def _check_own(out: Path) -> None:
         raise OnnxcrpError(
             f"cannot write {out}: it is a file", hint="the folder of an index is expected: -o NAME.index"
         )
-    if not out.is_dir() or store.read_manifest(out) is not None or (out / PARTS).is_dir():
+    parts = out / PARTS
+    if not out.is_dir() or store.read_manifest(out) or part_folders(parts) or (parts / SELECTION).is_file():
         return
-    if others := sorted(entry.name for entry in out.iterdir() if not entry.name.startswith(".")):
+    found = [entry for folder in (out, parts) if folder.is_dir() for entry in folder.iterdir() if entry != parts]
+    if others := sorted(str(entry.relative_to(out)) for entry in found if not entry.name.startswith(".")):
         raise OnnxcrpError(
             f"cannot write {out}: the folder holds {others[0]} and is no index", hint="name another one: -o NAME.index"
         )

@@ -6,6 +6,7 @@ arrays in memory. Nothing is decoded before it is asked for, and every sample ca
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import io
@@ -53,7 +54,7 @@ class Samples:
         self.name = name
         self.source = source  # as it can be opened again; None for arrays in memory
         self.labels = None if labels is None else np.asarray(labels, np.int64)  # [n], NO_LABEL where there is none
-        self.left_out: list[str] = []  # files beside the samples that are none
+        self.left_out: list[str] = []  # files beside the samples that hold none
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -98,7 +99,9 @@ class Arrays(Samples):
         super().__init__(name, source, labels)
         self.x = x
         if labels is not None and len(labels) != len(x):
-            raise InputError(f"{name}: {len(x)} samples and {len(labels)} labels")
+            raise InputError(
+                f"{name}: {len(x)} samples and {len(labels)} labels", hint="one label for each row of the array"
+            )
 
     def __len__(self) -> int:
         return len(self.x)
@@ -128,16 +131,28 @@ def _as_input(where: str, x: np.ndarray, port: Port) -> np.ndarray:
     return _cast(where, x, port.dtype)
 
 
+@contextlib.contextmanager
+def _reading(path: str) -> Iterator[None]:
+    """What a file that cannot be read raises, as one clear error."""
+    from onnxcrp.data import _unreadable
+
+    try:
+        yield
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file", hint="check the path") from None
+    except IsADirectoryError:
+        raise InputError(f"{path}: a folder, expected a file", hint="check the path") from None
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, KeyError) as error:
+        raise _unreadable(Path(path), error) from None
+
+
 def _open_array(name: str, source: str, labels: np.ndarray | None, port: Port) -> Arrays:
     """Samples of PATH.npy, PATH.npz or PATH.npz:KEY, local or behind a URL."""
     path, key = source, None
     if match := re.fullmatch(r"(.+\.npz):([^/]+)", source, re.IGNORECASE):
         path, key = match.groups()
-    try:
-        if "://" in path:
-            content: Any = io.BytesIO(Files(path).read(""))
-        else:
-            content = path
+    with _reading(path):
+        content: Any = io.BytesIO(Files(path).read("")) if "://" in path else path
         if path.lower().endswith(".npy"):
             return Arrays(name, source, np.load(content, None if "://" in path else "r", allow_pickle=False), labels)
         with np.load(content, allow_pickle=False) as archive:
@@ -150,10 +165,6 @@ def _open_array(name: str, source: str, labels: np.ndarray | None, port: Port) -
                 usual = [k for k in LABEL_KEYS if k in shapes and shapes[k] == (len(x),) and k != key]
                 labels = archive[usual[0]] if usual else None
         return Arrays(name, source, x, labels)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file", hint="check the path") from None
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, KeyError) as error:
-        raise InputError(f"{path}: not a readable {Path(path).suffix} file ({error})") from None
 
 
 def _member(path: str, archive: Any, key: str, *, only_shape: bool = False) -> Any:
@@ -320,11 +331,11 @@ def _open_folder(name: str, source: str, labels_from: str | None, port: Port) ->
     endings = (*PICTURES, ".npy", *(SIGNALS if len(port.shape) != 4 else ()))
     names = [n for n in sizes if n.lower().endswith(endings) and PurePosixPath(n).name != LABELS_FILE]
     if tars and not names:
-        return Tars(name, source, files, tars)
+        found: Samples = Tars(name, source, files, tars)
+        found.left_out = sorted(sizes.keys() - set(tars))
+        return found
     if labels_from is not None or LABELS_FILE in sizes:
-        where = labels_from or f"{source.rstrip('/')}/{LABELS_FILE}"
-        text = files.read(LABELS_FILE) if labels_from is None else Files(where).read("")
-        classes = _read_table(where, text)
+        classes = _read_table(labels_from or f"{source.rstrip('/')}/{LABELS_FILE}")
         names = sorted(classes)
         return Folder(name, source, files, names, [sizes.get(n, -1) for n in names], [classes[n] for n in names])
     if not names:
@@ -349,8 +360,10 @@ def _open_folder(name: str, source: str, labels_from: str | None, port: Port) ->
     return found
 
 
-def _read_table(where: str, content: bytes) -> dict[str, int]:
-    """labels.csv -> {file: class index}; raises InputError for missing columns and bad numbers."""
+def _read_table(where: str) -> dict[str, int]:
+    """labels.csv -> {file: class index}; raises InputError for a missing file, missing columns and bad numbers."""
+    with _reading(where):
+        content = Files(where).read("")
     rows = csv.DictReader(io.StringIO(content.decode("utf-8-sig", "replace")))
     if not {"file", "class_index"} <= set(rows.fieldnames or ()):
         raise InputError(
@@ -363,12 +376,16 @@ def _read_table(where: str, content: bytes) -> dict[str, int]:
             label = int(row["class_index"])
         except (TypeError, ValueError):
             raise InputError(
-                f"{where}: line {line}: class_index is {row['class_index']!r}, expected a number"
+                f"{where}: line {line}: class_index is {row['class_index']!r}, expected a number",
+                hint="classes are numbers, counted from 0 (or see label_offset)",
             ) from None
         if found.setdefault(file, label) != label:
-            raise InputError(f"{where}: line {line}: {file} is of class {found[file]} as well as {label}")
+            raise InputError(
+                f"{where}: line {line}: {file} is of class {found[file]} as well as {label}",
+                hint="one class for each file",
+            )
     if not found:
-        raise InputError(f"{where}: lists no files")
+        raise InputError(f"{where}: lists no files", hint="a line for each, such as a/1.png,0")
     return found
 
 
@@ -401,7 +418,9 @@ class Tars(Samples):
                 self.members.append(member)
                 labels.append(label)
         if not self.members:
-            raise InputError(f"{source}: the tars hold no pictures and no .npy files")
+            raise InputError(
+                f"{source}: holds no pictures and no .npy files", hint="a sample is KEY.png, KEY.jpg ... or KEY.npy"
+            )
         super().__init__(name, source, np.array(labels) if any(n != NO_LABEL for n in labels) else None)
 
     def _scan(self, tar: str) -> Iterator[tuple[int, _Member]]:
@@ -432,7 +451,7 @@ class Tars(Samples):
         except (tarfile.TarError, OSError) as error:
             raise InputError(
                 f"{where}: not an uncompressed tar ({error})",
-                hint="is it whole? Samples of a .tar.gz cannot be read one by one",
+                hint="is it whole? A .tar.gz must be unpacked first: gunzip FILE",
             ) from None
         for key, member in members.items():
             yield labels.get(key, NO_LABEL), member
@@ -553,7 +572,7 @@ def open_data(data: Any, port: Port, *, labels: Any = None, label_offset: int = 
                 )
             samples.labels = np.where(known, samples.labels + label_offset, NO_LABEL)
         if not len(samples):
-            raise InputError(f"{samples.name}: holds no samples")
+            raise InputError(f"{samples.name}: holds no samples", hint="expected an array [n, ...] with n > 0")
         opened.append(samples)
     taken: set[str] = set()
     for samples in opened:
@@ -586,7 +605,7 @@ def _open(each: Any, port: Port, labels: Any) -> Samples:
     from_file = os.fspath(labels) if isinstance(labels, (str, os.PathLike)) else None
     if plain.lower().endswith(ARRAYS):
         return _open_array(name, source, None if labels is None else _label_array(labels), port)
-    if plain.lower().endswith(".tar"):
+    if plain.lower().endswith((".tar", ".tar.gz", ".tgz")):
         root, _, _ = source.rpartition("/")
         tars = _braces(source)
         if len(tars) == 1:
@@ -604,8 +623,9 @@ def _label_array(labels: Any) -> np.ndarray:
         return np.asarray(labels)
     path = os.fspath(labels)
     if path.lower().endswith(".npy"):
-        return np.load(path, allow_pickle=False)
-    return np.array(list(_read_table(path, Files(path).read("")).values()))
+        with _reading(path):
+            return np.load(path, allow_pickle=False)
+    return np.array(list(_read_table(path).values()))
 
 
 def titles(samples: Samples) -> Callable[[slice], list[str]]:

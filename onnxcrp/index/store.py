@@ -73,9 +73,10 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except (OSError, pa.ArrowException) as error:
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise OnnxcrpError(
-            f"cannot write {path}: {reason}", hint="make room and run the same command again: it continues"
-        ) from error
+        hint = "make room and run the same command again: it continues"
+        if isinstance(error, (PermissionError, NotADirectoryError, FileExistsError)):
+            hint = "name a folder that you may write to"
+        raise OnnxcrpError(f"cannot write {path}: {reason}", hint=hint) from error
 
 
 @contextlib.contextmanager
@@ -109,8 +110,12 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: not readable ({error})", hint="build the index again") from None
-    if manifest.get("format") != FORMAT:
-        raise InputError(f"{path}: format {manifest.get('format')}, this version reads {FORMAT}")
+    if not isinstance(manifest, dict) or "format" not in manifest:
+        raise InputError(f"{path}: not the manifest of an index", hint="name another folder")
+    if manifest["format"] != FORMAT:
+        raise InputError(
+            f"{path}: format {manifest['format']}, this version reads {FORMAT}", hint="build the index again"
+        )
     return manifest
 
 
