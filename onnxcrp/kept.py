@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -71,20 +70,15 @@ class _Run(Run):
     def forward(self) -> np.ndarray:
         """The explained output [B, ...]."""
         try:
-            program = self.models.program(self.models.everything, staged=True)
+            program = self.models.program(self.models.everything, "every plan")
         except (CompositeError, UnsupportedError):  # no relevance comes to the inputs; to layers it may
-            program = self.models.program(Plan(), staged=True)
+            program = self.models.program(Plan(), "every plan")
         return np.concatenate([self.kept.known(program, row)[program.explained].numpy() for row in range(self.batch)])
 
     def all(self, asked: Asked) -> Result:
         """Every question for every sample, sample by sample."""
         for plan, numbers in asked.by_plan().items():
-            program = self.models.program(plan, staged=True)
-            for row in range(self.batch):
-                own = [number for number in numbers if number == row] if asked.pairwise else numbers
-                for chunk in self._chunks(own, self._bytes_question(plan)):
-                    feeds = self._question_feeds(asked, program, [(row, number) for number in chunk])
-                    self._answer(asked, program, feeds, [(row, number) for number in chunk])
+            self._few_at_a_time(asked, self.models.program(plan, "every plan"), numbers)
         return self._result(asked, self._relevance)
 
     def on_device(self, asked: Asked) -> Result:
@@ -96,7 +90,7 @@ class _Run(Run):
                 hint="one set of condition layers and one sample",
             )
         ((plan, numbers),) = groups.items()
-        program = self.models.program(plan, staged=True)
+        program = self.models.program(plan, "every plan")
         feeds = self._question_feeds(asked, program, [(0, number) for number in numbers])
         rest = self._without_questions(program)
         found = program.session.answer(
@@ -105,8 +99,5 @@ class _Run(Run):
         self._rest = {name: found[output] for name, output in rest.items()}
         return self._result(asked, {name: found[output] for name, output in program.relevance.items()})
 
-    def _ask(
-        self, program: Program, feeds: Mapping[str, np.ndarray], outputs: Sequence[str], rows: Sequence[int]
-    ) -> dict[str, np.ndarray]:
-        found = program.session.answer({**self.kept.known(program, rows[0]), **feeds}, outputs)
-        return {name: value.numpy() for name, value in found.items()}
+    def _known(self, program: Program, row: int) -> dict[str, Any]:
+        return self.kept.known(program, row)

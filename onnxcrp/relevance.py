@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 
 Shape = tuple[int | str | None, ...]
 SIZE = "onnxcrp.bytes_of_weights"  # in the metadata of what is run here
+CACHE = 20 << 20  # bytes: messages of so many questions stay in a processor's cache
+ABOVE = 8  # a run costs at most an eighth more for the way from the target to the first mask, which its questions share
+FEW = 300  # multiplications for each number that layers make: fewer, and passes over messages take as long
 
 
 @dataclass(frozen=True)
@@ -105,10 +108,11 @@ class RelevanceModels:
         self._session_options = session_options
         self._lock = threading.Lock()
         self._compiling = threading.Lock()
-        self._programs: OrderedDict[tuple[Plan, bool], _Cell] = OrderedDict()
+        self._programs: OrderedDict[tuple[Plan, str], _Cell] = OrderedDict()
         self._layers: dict[str, Layer] = {}  # by the names they were asked for
         self._sizes: dict[tuple[tuple[int, ...], ...], dict[str, int]] = {}
         self._of_question: dict[tuple[Plan, tuple[tuple[int, ...], ...]], tuple[int, int]] = {}
+        self._at_once: dict[tuple[Plan, tuple[tuple[int, ...], ...]], int] = {}
 
     def with_sessions(self, **options: Any) -> RelevanceModels:
         """The same relevance models in sessions of their own, with other options."""
@@ -228,15 +232,18 @@ class RelevanceModels:
 
     # --- compiled models ----------------------------------------------------------------------------------------------
 
-    def program(self, plan: Plan, *, staged: bool = False) -> Program:
-        """The session of a plan, or its stages, compiled when first needed and kept while there is room."""
-        key = (plan, staged)
+    def program(self, plan: Plan, stages: str = "") -> Program:
+        """The session of a plan, compiled when first needed and kept while there is room.
+
+        `stages`: "one plan" in stages, or "every plan", whose forward stage serves the others' as well.
+        """
+        key = (plan, stages)
         with self._lock:
             cell = self._programs.setdefault(key, _Cell())
             self._programs.move_to_end(key)
         with cell.lock:  # other plans go on meanwhile
             if cell.program is None:
-                cell.program = self._compile(plan, staged=staged)
+                cell.program = self._compile(plan, stages)
                 self._make_room(key)
         return cell.program
 
@@ -256,11 +263,12 @@ class RelevanceModels:
         return [*whole.factors.reads, *whole.messages.reads]
 
     def sessions(self) -> list[Any]:
-        """The sessions there are by now."""
+        """The sessions there are by now, each stage's its own."""
         with self._lock:
-            return [cell.program.session for cell in self._programs.values() if cell.program is not None]
+            found = [cell.program.session for cell in self._programs.values() if cell.program is not None]
+        return [each for session in found for each in (session.sessions if isinstance(session, Staged) else [session])]
 
-    def _make_room(self, newest: tuple[Plan, bool]) -> None:
+    def _make_room(self, newest: tuple[Plan, str]) -> None:
         with self._lock:
             total = 0
             for plan in reversed(list(self._programs)):
@@ -269,18 +277,19 @@ class RelevanceModels:
                 if total > self.cache_limit and plan != newest and program is not None:
                     del self._programs[plan]
 
-    def _compile(self, plan: Plan, *, staged: bool) -> Program:
+    def _compile(self, plan: Plan, stages: str) -> Program:
         session: Any
         if self._session_options.get("cuda_graph", False):
             self._providers(capture=True)
             captured.check()
         # batches of conditions vary from chunk to chunk
-        start = partial(self._start, plan_memory=not plan.conditions and not staged)
-        if staged:
+        start = partial(self._start, plan_memory=not plan.conditions and not stages)
+        if stages:
             model = self._write(plan)
             outputs = [port.name for port in model.graph.output]
-            keep = [] if plan == self.everything else self._activations
-            session = Staged(split(model, _questions(model)), outputs, keep, partial(start, capture=False))
+            keep = self._activations if stages == "every plan" and plan != self.everything else []
+            start = partial(start, capture=False, rest=stages == "one plan")  # all of whose stages take turns
+            session = Staged(split(model, _questions(model)), outputs, keep, start)
             about = metadata(model)
         elif self._cache is None:
             model = self._write(plan)
@@ -314,14 +323,15 @@ class RelevanceModels:
         optimized: Any = None,
         plan_memory: bool = True,
         capture: bool = True,
+        rest: bool = False,
     ) -> Session | captured.Captured:
         """A session as the caller of this class wants them, with `capture` one that records if that was asked for."""
         from onnxcrp import blocked
 
         options = dict(self._session_options)
         record = options.pop("cuda_graph", False) and capture
-        level = optimize and self.optimization
-        start = partial(blocked.start, model, optimize=level, optimized=optimized, plan_memory=plan_memory, **options)
+        options |= {"optimize": optimize and self.optimization, "plan_memory": plan_memory, "rest": rest}
+        start = partial(blocked.start, model, optimized=optimized, **options)
         return captured.Captured(start) if record else start()
 
     def _composite(self, plan: Plan) -> Composite:
@@ -387,6 +397,43 @@ class RelevanceModels:
                 sum(sizes.get(name, 0) for name in (*plan.inputs, *recorded)),
             )
         return self._of_question[key]
+
+    def at_once(self, plan: Plan, feeds: Mapping[str, np.ndarray]) -> int:
+        """How many questions of a plan are answered fastest at a time, once a forward pass is there, on the CPU.
+
+        As many as stay in its cache, but enough that the way from the target to the first mask is soon paid for.
+        """
+        key = (plan, _shapes(feeds))
+        if key not in self._at_once:
+            largest, _ = self.numbers_of_question(plan, feeds)
+            costs, facts = self._multiplications(feeds), self.facts
+            masked = [self.layer(name).tensor for name in (*plan.conditions, *plan.start)] or [facts.explained]
+            begin = masked if plan.start else [facts.explained]
+            whole, below = (sum(costs.get(name, 0) for name in facts.between(of, None)) for of in (begin, masked))
+            self._at_once[key] = max(4, CACHE // max(1, 4 * largest), ABOVE * (whole - below) // max(1, below))
+        return self._at_once[key]
+
+    def pays_in_stages(self, plan: Plan, feeds: Mapping[str, np.ndarray], count: int) -> bool:
+        """Whether so many questions for a sample are answered faster `at_once` after `at_once` on one forward pass.
+
+        On the CPU, where these stay in the cache, and layers multiply so little for each number they make that passes
+        over messages take as long. A model that is kept on disk is kept whole.
+        """
+        if self.on_device or self._cache is not None or self.fixed is not None or not self.facts.shares_forward:
+            return False
+        costs, sizes, some = self._multiplications(feeds), self.elements(feeds), self.at_once(plan, feeds)
+        light = sum(costs.values()) < FEW * sum(sizes.get(name, 0) for name in costs)
+        return light and count > some and 4 * some * self.numbers_of_question(plan, feeds)[0] <= 2 * CACHE
+
+    def _multiplications(self, feeds: Mapping[str, np.ndarray]) -> dict[str, int]:
+        """Of every layer with weights, by its output, for one sample of these shapes."""
+        sizes, found = self.elements(feeds), {}
+        for node in self.facts.nodes:
+            if node.op in ("Conv", "ConvTranspose", "Linear"):
+                of = (node.inputs if node.op == "ConvTranspose" else node.outputs)[0].name
+                each = np.prod([d for d in shape_of(node.inputs[1])[1:] if isinstance(d, int)], dtype=np.int64)
+                found[node.outputs[0].name] = sizes.get(of, 0) * int(each)
+        return found
 
     def _inferred(self, feeds: Mapping[str, np.ndarray]) -> dict[str, Shape]:
         """Shapes in a model with dynamic sizes, for inputs of these shapes; nothing where onnx cannot tell."""

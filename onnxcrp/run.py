@@ -12,6 +12,7 @@ from onnxcrp.errors import QuestionError
 from onnxcrp.question import Asked
 from onnxcrp.relevance import Plan, Program, RelevanceModels
 from onnxcrp.result import Result
+from onnxcrp.stages import Staged
 
 LIVE_MESSAGES = (
     6  # tensors of the largest size that a walk holds at once: R, s, two branches, a skip, the runtime's own
@@ -29,6 +30,8 @@ class Run:
         self._rest: dict[str, np.ndarray] = {}  # what has no axis N: "activation/<layer>", "output/<name>", "explained"
         self._filled: dict[str, np.ndarray] = {}  # which samples of `_rest` are there
         self._every = np.ones(batch, bool)
+        self._sample: tuple[Plan, int] | None = None  # whose `_found` is there
+        self._found: dict[str, Any] = {}
 
     def forward(self) -> np.ndarray:
         """The explained output [B, ...] by a plain forward pass."""
@@ -49,6 +52,9 @@ class Run:
     def all(self, asked: Asked) -> Result:
         """Every question for every sample."""
         for plan, numbers in asked.by_plan().items():
+            if not asked.pairwise and self.models.pays_in_stages(plan, self.feeds, len(numbers)):
+                self._few_at_a_time(asked, self.models.program(plan, "one plan"), numbers)
+                continue
             program = self.models.program(plan)
             together = program.shares_forward and self.models.fixed is None and len(numbers) > 1
             if together and not asked.pairwise:
@@ -62,6 +68,16 @@ class Run:
             for part in self._chunks(pairs, self._bytes_forward() + self._bytes_question(plan)):
                 self._answer(asked, program, self._paired(asked, program, part), part)
         return self._result(asked, self._relevance)
+
+    def _few_at_a_time(self, asked: Asked, program: Program, numbers: Sequence[int]) -> None:
+        """Questions for one sample after the other, on the stages of a relevance model."""
+        models, plan = self.models, program.plan
+        most = None if models.on_device else models.at_once(plan, self.feeds)
+        for row in range(self.batch):
+            own = [number for number in numbers if number == row] if asked.pairwise else numbers
+            for chunk in self._chunks(own, self._bytes_question(plan), most):
+                pairs = [(row, number) for number in chunk]
+                self._answer(asked, program, self._question_feeds(asked, program, pairs), pairs)
 
     def on_device(self, asked: Asked) -> Result:
         """All questions in one run, results left where they are; raises QuestionError if one run cannot answer."""
@@ -151,8 +167,19 @@ class Run:
     def _ask(
         self, program: Program, feeds: dict[str, np.ndarray], outputs: Sequence[str], rows: Sequence[int]
     ) -> dict[str, np.ndarray]:
-        """Outputs of the relevance model for these samples."""
-        return program.session.run(feeds, outputs)
+        """Outputs of the relevance model for these samples; of its stages for one of them."""
+        if not isinstance(program.session, Staged):
+            return program.session.run(feeds, outputs)
+        found = program.session.answer({**self._known(program, rows[0]), **feeds}, outputs)
+        return {name: value.numpy() for name, value in found.items()}
+
+    def _known(self, program: Program, row: int) -> dict[str, Any]:
+        """What the last stage of a relevance model reads of a sample, until the next one is asked about."""
+        if self._sample != (program.plan, row):
+            inputs = self._samples([row])
+            known = inputs | program.session.forward(inputs)
+            self._sample, self._found = (program.plan, row), known | program.session.same_for_all(known)
+        return self._found
 
     @staticmethod
     def _without_questions(program: Program) -> dict[str, str]:
@@ -192,15 +219,18 @@ class Run:
 
     # --- chunks -------------------------------------------------------------------------------------------------------
 
-    def _chunks(self, entries: Sequence[Any], each: int) -> Iterator[Sequence[Any]]:
+    def _chunks(self, entries: Sequence[Any], each: int, most: int | None = None) -> Iterator[Sequence[Any]]:
         """Runs of entries that fit the memory budget (or the fixed batch), equally long but for the last one.
+
+        `each`: bytes of an entry; `most`: so many in a run at most.
 
         On a device the last one reaches back into the one before and is as long: where shapes change, cuDNN plans
         every convolution anew, which takes longer than running it.
         """
         size = self.models.fixed
         if size is None:
-            parts = -(-len(entries) // max(1, self.memory_limit // max(1, each)))
+            fitting = max(1, self.memory_limit // max(1, each))
+            parts = -(-len(entries) // min(fitting, most or fitting))
             size = -(-len(entries) // max(1, parts))
         for at in range(0, len(entries), max(1, size)):
             if self.models.on_device and self.models.fixed is None:

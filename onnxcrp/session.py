@@ -145,6 +145,7 @@ class Session:
     writes. `optimized`: a file that the optimised graph is written to, to be loaded with `optimize=False` on the
     same kind of machine. `plan_memory=False`: keep no layout of memory for each set of shapes that was run: hardly
     slower, half as large where batches vary. `prepack=False`: for a session that only writes its `optimized` graph.
+    `rest`: threads do not wait for more work when a run ends, which takes the cores from a session that runs next.
     `sizes`: what symbols in the shapes of inputs stand for, where all runs agree. `capture`: as in `providers`.
     Raises ModelError for what onnxruntime cannot load, RuntimeMissingError without onnxruntime or for a provider
     asked for that cannot start.
@@ -164,6 +165,7 @@ class Session:
         optimized: str | os.PathLike[str] | None = None,
         plan_memory: bool = True,
         prepack: bool = True,
+        rest: bool = False,
         sizes: Mapping[str, int] | None = None,
         capture: bool = False,
     ) -> None:
@@ -175,6 +177,8 @@ class Session:
         options.graph_optimization_level = levels[optimize]
         options.log_severity_level = log_severity
         options.enable_mem_pattern = plan_memory
+        if rest:
+            options.add_session_config_entry("session.force_spinning_stop", "1")
         if not prepack:
             options.add_session_config_entry("session.disable_prepacking", "1")
         for symbol, size in (sizes or {}).items():

@@ -138,30 +138,33 @@ def _port(name: str, port: Port) -> onnx.ValueInfoProto:
 
 
 class Staged:
-    """The sessions of a relevance model's stages; `start(model)` makes one. Thread-safe as sessions are.
+    """The sessions of a relevance model's stages; `start(model, rest=...)` makes one. Thread-safe as sessions are.
 
     `outputs`: all that may be asked for. `keep`: further tensors of the forward stage that are computed with it, for
     other relevance models of the same canonical model.
     """
 
-    def __init__(
-        self, whole: Split, outputs: Sequence[str], keep: Iterable[str], start: Callable[[onnx.ModelProto], Any]
-    ) -> None:
+    def __init__(self, whole: Split, outputs: Sequence[str], keep: Iterable[str], start: Callable[..., Any]) -> None:
         forward, factors = whole.made_by(whole.forward), whole.made_by(whole.factors)
         later = {*whole.factors.reads, *whole.messages.reads, *outputs}
         self.activations = sorted(later & forward | set(keep) & forward)
         self.outputs = {name: "forward" if name in forward else "factors" if name in factors else "messages"
                         for name in outputs}  # fmt: skip
         self._sessions: dict[str, Session] = {}
-        self._sessions["forward"] = start(part(whole, whole.forward, self.activations, {}))
+        self._sessions["forward"] = start(part(whole, whole.forward, self.activations, {}), rest=True)
         ports = {**self._sessions["forward"].inputs, **self._sessions["forward"].outputs}
         self.factors = sorted({*whole.messages.reads, *outputs} & factors)
         if self.factors:
-            self._sessions["factors"] = start(part(whole, whole.factors, self.factors, ports))
+            self._sessions["factors"] = start(part(whole, whole.factors, self.factors, ports), rest=True)
             ports = {**ports, **self._sessions["factors"].outputs}
         self.answers = [name for name, stage in self.outputs.items() if stage == "messages"]
         if self.answers:
             self._sessions["messages"] = start(part(whole, whole.messages, self.answers, ports))
+
+    @property
+    def sessions(self) -> list[Any]:
+        """One for each stage."""
+        return list(self._sessions.values())
 
     def forward(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
         """Activations, as OrtValues on the device, for the model's own inputs."""

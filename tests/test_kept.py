@@ -7,13 +7,15 @@ import threading
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import onnxcrp
-from onnxcrp import Explainer
+from onnxcrp import Explainer, relevance
 from onnxcrp.canonize.load import names_read
 from onnxcrp.errors import InputError, QuestionError, UnsupportedError
+from onnxcrp.relevance import Plan
 from onnxcrp.result import NegativeLogitWarning
 from onnxcrp.stages import Staged, split
 
@@ -252,3 +254,114 @@ def test_where_there_is_no_forward_pass_to_keep():
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
     with pytest.raises(QuestionError, match="no forward pass can be kept"):
         Explainer(model, "epsilon").at(np.ones((1, 2, 3, 4, 4), np.float32))
+
+
+# --------------------------------------------------------------------------------------------- explain in stages, too
+
+
+@pytest.fixture
+def few_at_a_time(monkeypatch):
+    """Any model counts as light, and its messages of four questions fill the cache."""
+    monkeypatch.setattr(relevance, "FEW", 10**9)
+    monkeypatch.setattr(relevance, "ABOVE", 0)
+
+    def of(explainer, x):
+        largest = max(explainer._models.elements({next(iter(explainer.inputs)): x}).values())
+        monkeypatch.setattr(relevance, "CACHE", 16 * largest)
+
+    return of
+
+
+@pytest.mark.parametrize("name", ["shapes", "ecg", "digits"])
+@pytest.mark.parametrize("bypass", ["cut", "keep"])
+def test_many_conditions_in_stages(name, bypass, few_at_a_time, monkeypatch):
+    """The same answers as from whole relevance models, recorded layers and outputs among them."""
+    path, layers = FIXTURES / name / "net.onnx", NETS[name]
+    explainer = Explainer(path)
+    ((_, shape),) = explainer.inputs.values()
+    x = np.random.default_rng(0).uniform(0, 2, (2, *shape[1:])).astype(np.float32)
+    conditions = [{layers[0]: [c % 3], layers[1]: [c]} for c in range(9)] + [{layers[1]: [c]} for c in range(7)] + [{}]
+    question = {"conditions": conditions, "record": [layers[0]], "seed": "abs", "bypass": bypass}
+    want = explainer.explain(x, [1, 2], **question)
+    assert len(explainer._models.sessions()) == 3
+    few_at_a_time(explainer, x)
+    staged = Explainer(path)
+    have = staged.explain(x, [1, 2], **question)
+    assert {stages for _, stages in staged._models._programs} == {"one plan", ""}  # of the two with many questions
+    assert have.relevance.keys() == want.relevance.keys()
+    for name, R in want.relevance.items():
+        assert np.linalg.norm(have.relevance[name] - R) <= 1e-5 * np.linalg.norm(R)
+    np.testing.assert_allclose(have.explained, want.explained, rtol=1e-5)
+    np.testing.assert_allclose(have.activation[layers[0]], want.activation[layers[0]], rtol=1e-4, atol=1e-5)
+
+
+def test_a_few_at_a_time(few_at_a_time, monkeypatch):
+    """Four questions in a run, as equally long as they can be, and one forward pass for each sample."""
+    explainer = Explainer(FIXTURES / "ecg" / "net.onnx")
+    x = np.random.default_rng(0).normal(size=(2, 1, 150)).astype(np.float32)
+    few_at_a_time(explainer, x)
+    ran: list[tuple[str, int]] = []
+
+    def told(name):
+        whole = getattr(Staged, name)
+
+        def run(self, feeds, *rest):
+            ran.append((name, max((len(v) for k, v in feeds.items() if k.startswith("mask.")), default=0)))
+            return whole(self, feeds, *rest)
+
+        monkeypatch.setattr(Staged, name, run)
+
+    for name in ("forward", "same_for_all", "answer"):
+        told(name)
+    explainer.explain(x, 1, seed="abs", conditions=[{"6": [c]} for c in range(9)])
+    assert ran == [("forward", 0), ("same_for_all", 0), ("answer", 3), ("answer", 3), ("answer", 3)] * 2
+    ran.clear()
+    explainer.at(x).explain(1, seed="abs", conditions=[{"6": [c]} for c in range(8)])
+    assert [count for name, count in ran if name == "answer"] == [4, 4, 4, 4]
+
+
+def test_when_stages_pay(few_at_a_time, tmp_path, monkeypatch):
+    path = FIXTURES / "ecg" / "net.onnx"
+    explainer = Explainer(path)
+    feeds = {next(iter(explainer.inputs)): np.zeros((1, 1, 150), np.float32)}
+    plan, early = (Plan(conditions=(layer,), inputs=tuple(explainer.facts.inputs)) for layer in ("6", "0"))
+    assert not explainer._models.pays_in_stages(plan, feeds, 64)  # of so small a net all questions fit into the cache
+    few_at_a_time(explainer, feeds["input"] if "input" in feeds else next(iter(feeds.values())))
+    models = Explainer(path)._models
+    assert models.pays_in_stages(plan, feeds, 5)
+    assert not models.pays_in_stages(plan, feeds, 4)
+    assert not Explainer(path, cache=tmp_path)._models.pays_in_stages(plan, feeds, 5)
+    monkeypatch.setattr(relevance, "FEW", 1)
+    assert not models.pays_in_stages(plan, feeds, 5)
+    monkeypatch.setattr(relevance, "FEW", 10**9)
+    monkeypatch.setattr(relevance, "ABOVE", 8)
+    models = Explainer(path)._models
+    assert models.at_once(early, feeds) > models.at_once(plan, feeds)  # its questions share a long way down
+    assert not models.pays_in_stages(early, feeds, 64)
+
+
+def test_multiplications_by_hand():
+    """Conv 3 -> 8, 3 x 3 over [10, 12], depthwise, transposed 8 -> 4, 2 x 2, and dense."""
+    text = """<ir_version: 8, opset_import: ["" : 18]> net (float[N, 3, 10, 12] x) => (float[N, 5] y) {
+        a = Conv <pads = [1, 1, 1, 1]> (x, A)  b = Relu(a)  c = Conv <group = 8> (b, B)
+        d = ConvTranspose <strides = [2, 2]> (c, D)  e = GlobalAveragePool(d)  f = Flatten(e)  y = MatMul(f, F) }"""
+    model = onnx.parser.parse_model(text)
+    shapes = {"A": (8, 3, 3, 3), "B": (8, 1, 3, 3), "D": (8, 4, 2, 2), "F": (4, 5)}
+    for name, shape in shapes.items():
+        model.graph.initializer.append(numpy_helper.from_array(np.ones(shape, np.float32), name))
+    explainer = Explainer(model)
+    found = explainer._models._multiplications({"x": np.zeros((1, 3, 10, 12), np.float32)})
+    assert found == {"a": 8 * 120 * 27, "c": 8 * 80 * 9, "d": 8 * 80 * 16, "y": 20}
+
+
+def test_a_profile_of_stages(few_at_a_time):
+    """Nodes of all of them, as often as they run in a call."""
+    explainer = Explainer(FIXTURES / "ecg" / "net.onnx")
+    x = np.random.default_rng(0).normal(size=(1, 1, 150)).astype(np.float32)
+    conditions = [{"6": [c]} for c in range(8)]
+    whole = {node.name for node in explainer.profile(x, 1, seed="abs", calls=1, conditions=conditions)}
+    few_at_a_time(explainer, x)
+    staged = {node.name for node in explainer.profile(x, 1, seed="abs", calls=1, conditions=conditions)}
+    backward = {name for name in whole if name.startswith("R/")}
+    assert backward
+    assert len(staged & backward) > 0.8 * len(backward)
