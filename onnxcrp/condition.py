@@ -112,7 +112,9 @@ def _channels(weights: Mapping[Any, Any], layer: str, shape: Shape, axis: int) -
     keep = np.zeros(count, np.float32)
     for channel, weight in weights.items():
         if isinstance(channel, (bool, np.bool_)) or not isinstance(channel, (int, np.integer)):
-            raise QuestionError(f"layer {layer}: channels are whole numbers, got {channel!r}")
+            raise QuestionError(
+                f"layer {layer}: channels are whole numbers, got {channel!r}", hint=f'{{"{layer}": [3, 7]}}'
+            )
         if not 0 <= channel < count:
             raise QuestionError(
                 f"layer {layer}: channel {channel} is out of range, it has {count} channels, 0..{count - 1}",
@@ -158,7 +160,9 @@ def _places(
         axes = others
     elif kind == "head":
         if not heads:
-            raise QuestionError(f"{shown}: has no attention heads, @head needs [B, heads, T, d]")
+            raise QuestionError(
+                f"{shown}: has no attention heads, @head needs [B, heads, T, d]", hint=f"{layer}=3 keeps channel 3"
+            )
         axes = [1]
     else:
         raise QuestionError(f"layer {layer}: @{kind} is unknown", hint="there are @pos, @token and @head")
@@ -174,11 +178,14 @@ def _places(
     for entry in entries:
         if len(entry) != len(axes):
             raise QuestionError(
-                f"{shown}: @{kind} takes {len(axes)} number{'s'[: len(axes) > 1]}, got {':'.join(map(str, entry))}"
+                f"{shown}: @{kind} takes {len(axes)} number{'s'[: len(axes) > 1]}, got {':'.join(map(str, entry))}",
+                hint=f"{layer}@{kind}={':'.join('0' * len(axes))}",
             )
         if any(not 0 <= index < length for index, length in zip(entry, size, strict=True)):
             limits = ":".join(f"0..{length - 1}" for length in size)
-            raise QuestionError(f"{shown}: @{kind}={':'.join(map(str, entry))} is out of range {limits}")
+            raise QuestionError(
+                f"{shown}: @{kind}={':'.join(map(str, entry))} is out of range {limits}", hint="places count from 0"
+            )
         keep[entry] = 1
     return keep.reshape([size[axes.index(at)] if at in axes else 1 for at in range(rank)])
 
@@ -314,7 +321,9 @@ def _top(count: int, explained: np.ndarray) -> list[Target]:
     shape = explained.shape[1:]
     flat = explained.reshape(len(explained), -1)
     if count > flat.shape[1]:
-        raise QuestionError(f'target "top{count}": the explained output has {flat.shape[1]} entries only')
+        raise QuestionError(
+            f'target "top{count}": the explained output has {flat.shape[1]} entries only', hint=f"top{flat.shape[1]}"
+        )
     order = np.argsort(-flat, axis=1, kind="stable")
     found = []
     for place in range(max(count, 1)):
@@ -346,6 +355,11 @@ def parse_condition(text: str) -> dict[str, Any]:
     at = 0
     while at < len(text) or not text:
         found = _TERM.match(text, at)
+        if re.match(rf"{TARGET}(=|@(head|token|pos)=)", text[at:]) and not (found and found["own"]):
+            raise QuestionError(
+                f'condition "{text}": the target "{text[at:].partition("+")[0]}" cannot be read',
+                hint="y=208 (class), y=1234,1 (index), y=207-281 (contrast) or y=top",
+            )
         if not found or (found.end() == len(text) and text.endswith("+")):
             rest = text[at:]
             raise QuestionError(

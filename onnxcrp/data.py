@@ -98,21 +98,16 @@ def read_inputs(
 
     shape, dtype: the model's input; others: its further inputs {name: (shape, dtype)}, which only an .npz with their
     names as keys can give. Raises InputError naming the file, what was expected and what to do; of one that is not
-    there before the first is read.
+    there, or a folder without any, before the first is read.
     """
     reader = _Reader(preprocessing, shape, np.dtype(dtype), input_name, others or {})
-    places = [locate(path) for path in paths]
-    for place in places:
-        _check_there(place.path)
-    for place in places:
-        if place.path.is_dir():
-            files = sorted(p for p in place.path.iterdir() if p.suffix.lower() in (*PICTURES, *ARRAYS))
-            if not files:
-                raise InputError(f"{place.path}: the folder holds no pictures and no .npy or .npz files")
-            for file in files:
-                yield from reader.read(Place(file, None, None))
-        else:
-            yield from reader.read(place)
+    for place in places(paths):
+        yield from reader.read(place)
+
+
+def places(paths: Iterable[str | os.PathLike[str]]) -> list[Place]:
+    """Every file of these paths, directories sorted by name; raises InputError for what is not there."""
+    return [found for path in paths for found in _files(locate(path))]
 
 
 @dataclass(frozen=True)
@@ -211,13 +206,21 @@ class _Reader:
             yield Sample(name, x, display, where, feeds, self.input_name)
 
 
-def _check_there(path: Path) -> None:
+def _files(place: Place) -> list[Place]:
+    path = place.path
     if not path.exists():
         nearest = difflib.get_close_matches(path.name, _siblings(path), n=1, cutoff=0.75)
         raise InputError(
             f"{path}: no such file",
             hint=f"did you mean {path.with_name(nearest[0])}?" if nearest else "check the path",
         )
+    if not path.is_dir():
+        return [place]
+    if found := sorted(p for p in path.iterdir() if p.suffix.lower() in (*PICTURES, *ARRAYS)):
+        return [Place(file, None, None) for file in found]
+    raise InputError(
+        f"{path}: the folder holds no pictures and no .npy or .npz files", hint="name files, or another folder"
+    )
 
 
 def _siblings(path: Path) -> list[str]:

@@ -10,7 +10,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnxcrp.canonize.samples import BATCHES, FIRST, Layout, Shapes, places, two_batches
-from onnxcrp.errors import CompositeError, ModelError, QuestionError, UnsupportedError
+from onnxcrp.errors import CompositeError, QuestionError, UnsupportedError
 from onnxcrp.ops import CARRIES_NONE, KEEPS, NONNEGATIVE, OPS
 from onnxcrp.ops.rearrange import leaves_batch
 from onnxcrp.ops.registry import about
@@ -70,7 +70,7 @@ class Facts:
 
     `output` names the model output to be explained (the first floating-point one if None), `inputs` those whose
     relevance is asked for (None: all that relevance can reach). The seed starts before a terminal Softmax or Sigmoid
-    unless `keep_head`. Raises ModelError for a relevance model.
+    unless `keep_head`.
     """
 
     def __init__(
@@ -83,11 +83,6 @@ class Facts:
     ) -> None:
         from onnxcrp.canonize.head import find_head
 
-        if "onnxcrp.map" in canonical.metadata:
-            raise ModelError(
-                "this is a relevance model already, compiled by onnxcrp",
-                hint="name the model that it was compiled from",
-            )
         self.canonical = canonical
         self.graph = canonical.graph
         self.nodes: list[gs.Node] = list(self.graph.nodes)

@@ -177,7 +177,9 @@ class Names:
         cutoff = 0.5 if len(name) > 3 else 0.8  # of short names half is little
         close = [lowered[near] for near in difflib.get_close_matches(name.lower(), lowered, n=5, cutoff=cutoff)]
         nearest = list(dict.fromkeys([*below[-3:], *close]))[:5]
-        return f"nearest: {', '.join(nearest)}" if nearest else f"layers: {', '.join(list(self._node)[:8])} ..."
+        if nearest:
+            return f"nearest: {', '.join(nearest)}"
+        return f"layers: {', '.join(list(self._node)[:8])}{' ...' if len(self._node) > 8 else ''}"
 
 
 def safe_name(name: str, taken: Container[str], model_names: Container[str] = ()) -> str:

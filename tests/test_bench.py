@@ -127,16 +127,25 @@ def test_reasons() -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "told"), [([1.0, 1.1, 1.2], []), ([1.0, 2.0, 2.5], ["one heatmap took 2.0 times"])]
+    ("seconds", "nodes", "provider", "factor"),
+    [
+        ([1.0, 1.1, 1.2], 0.9, CPU, 1.2),  # 1.1 / (0.9 + 0.001)
+        ([1.0, 2.0, 2.5], 1.5, CPU, 2.0),
+        ([4.0, 4.1, 4.2], 1.0, CPU, 4.1),  # every run is slow, the nodes are not
+        ([4.0, 4.1, 4.2], 1.0, "CUDAExecutionProvider", 1.025),
+        ([3e-4, 3e-4, 3e-4], 1e-4, CPU, 1.0),  # a small net: calls cost more than its nodes
+    ],
 )
-def test_a_busy_machine_is_told(seconds: list[float], told: list[str]) -> None:
+def test_a_busy_machine_is_told(seconds: list[float], nodes: float, provider: str, factor: float) -> None:
     times = {"forward pass": Times.of([1.0, 1.0, 1.0]), "one heatmap": Times.of(seconds)}
-    made = Bench("m", "c", {}, [CPU], None, 0, times)
+    ran = [Step("conv1", "Conv", "forward", provider, nodes, 1.0)]
+    made = Bench("m", "c", {}, [provider], None, 0, times, steps={"one heatmap": ran})
     known = {"batch": "dynamic", "shares_forward": True, "quantized": False}
+    told = [f"busy: one heatmap took {factor:.1f} times as long as without it; --threads 1"] if factor > 1.5 else []
     said = reasons(known, made)
     assert len(said) == len(told)
     assert all(part in line for part, line in zip(told, said, strict=True))
-    assert made.to_dict()["unsteady"] == pytest.approx(seconds[1] / seconds[0])
+    assert made.to_dict()["unsteady"] == pytest.approx(factor, rel=0.02)
 
 
 def test_memory_and_start_of_a_process_of_its_own() -> None:

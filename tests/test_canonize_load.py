@@ -49,6 +49,33 @@ def test_a_file_that_is_no_model(tmp_path, content):
         canonize(path)
 
 
+@pytest.mark.parametrize(
+    ("content", "looks"),
+    [
+        (b"\x89PNG\r\n\x1a\n", " but a PNG picture"),
+        (b"\xff\xd8\xff\xe0", " but a JPEG picture"),
+        (b"PK\x03\x04\x14\x00", " but a zip archive"),
+        (b"\x89HDF\r\n\x1a\n", " but an HDF5 file"),
+        (b"version https://git-lfs.github.com/spec/v1\n", " but a pointer to a file in Git LFS"),
+        ("# Größe\n".encode(), " but a text"),
+        (b"\x08\x07\x12", ": Error parsing"),
+    ],
+)
+def test_what_a_file_looks_like_that_is_no_model(tmp_path, content, looks):
+    path = tmp_path / "model.onnx"
+    path.write_bytes(content)
+    with pytest.raises(ModelError, match=f"model.onnx' is not an ONNX model{looks}") as error:
+        canonize(path)
+    assert error.value.hint
+
+
+def test_other_files_need_no_reason(tmp_path):
+    """A bitmap, which only its name tells from a model that is cut off."""
+    (tmp_path / "picture.bmp").write_bytes(b"BM\x00\x01\x02")
+    with pytest.raises(ModelError, match=r"picture\.bmp' is not an ONNX model \(hint: the path of an \.onnx file"):
+        canonize(tmp_path / "picture.bmp")
+
+
 def test_a_folder(tmp_path):
     with pytest.raises(ModelError, match="is a folder"):
         canonize(tmp_path)

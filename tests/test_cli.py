@@ -534,10 +534,12 @@ def test_verify_writes_relevance_with_spread_biases():
     ("arguments", "message", "hint"),
     [
         (["explain", "nope.onnx", SHAPES[1]], "nope.onnx", "path"),
-        (["explain", SHAPES[1], SHAPES[1]], "sample.png' is not an ONNX model", "an .onnx file is expected"),
+        (["explain", SHAPES[1], SHAPES[1]], "is not an ONNX model but a PNG picture", "an .onnx file is expected"),
+        (["inspect", "fixtures/README.md"], "README.md' is not an ONNX model but a text", "an .onnx file is expected"),
         (["explain", "fixtures", SHAPES[1]], "'fixtures' is a folder", "an .onnx file is expected"),
         (["explain", SHAPES[0], "nope.png"], "nope.png: no such file", "check the path"),
         (["explain", *SHAPES, "nope.png", "-o", "all"], "nope.png: no such file", "check the path"),
+        (["explain", *SHAPES, "fixtures", "-o", "all"], "fixtures: the folder holds no pictures", "name files"),
         (["explain", SHAPES[0], "fixtures/shapes/sampel.png"], "no such file", "fixtures/shapes/sample.png"),
         (["explain", SHAPES[0], ECG[1]], "a table holds 1-D signals", "pass a picture"),
         (["explain", ECG[0], SHAPES[1]], "the model takes 1-D signals", ".csv"),
@@ -553,7 +555,7 @@ def test_verify_writes_relevance_with_spread_biases():
         (["compile", SHAPES[0], "-o", "foo.txt"], "foo.txt: a relevance model is an .onnx file", "foo.onnx"),
         (["verify", *SHAPES, "--spread-bias", "-o", "x.png"], "is an .npz file", "x.npz"),
         (["verify", *SHAPES, "--spread-bias", "-o", "/dev/null"], "it is no regular file", "NAME.npz"),
-        (["explain", *SHAPES, "-t", "top9"], "has 6 entries only", ""),
+        (["explain", *SHAPES, "-t", "top9"], "has 6 entries only", "top6"),
         (["explain", *SHAPES, "--condition", f"{LAYER}=99"], "channel 99 is out of range", "from 0"),
         (["explain", *SHAPES, "--condition", "layer2.0.conv9=1"], "there is no layer 'layer2.0.conv9'", LAYER),
         (["explain", *SHAPES, "--condition", "layer2"], "cannot be read", "LAYER=3,7"),
@@ -561,6 +563,11 @@ def test_verify_writes_relevance_with_spread_biases():
         (["explain", *SHAPES, "--top-concepts", "layer9:3"], "there is no layer 'layer9'", ""),
         (["explain", *SHAPES, "--top-concepts", f"{LAYER}:0"], "'0' is no number of concepts", f"{LAYER}:5"),
         (["explain", *SHAPES, "--top-concepts", f"{LAYER}:x"], "'x' is no number of concepts", f"{LAYER}:5"),
+        (["explain", *SHAPES, "--top-concepts", f"{LAYER}:33"], "the layer has 32 concepts only", f"{LAYER}:32"),
+        (["explain", *SHAPES, "--condition", f"{LAYER}@head=3"], "has no attention heads", f"{LAYER}=3 keeps channel 3"),
+        (["explain", *SHAPES, "--condition", f"{LAYER}@pos=3"], "@pos takes 2 numbers, got 3", f"{LAYER}@pos=0:0"),
+        (["explain", *SHAPES, "--condition", f"{LAYER}@pos=3:99"], "@pos=3:99 is out of range", "count from 0"),
+        (["explain", *SHAPES, "--condition", f"y=ball+{LAYER}=3"], 'the target "y=ball" cannot be read', "y=208 (class)"),
         (["explain", *ECG, "--condition", "99=1"], "there is no layer '99'", "layers: 0, 1, 2"),
         (["explain", *SHAPES, "--record", "layer9", "--json"], "there is no layer 'layer9'", ""),
         (["explain", *SHAPES, "-c", "epsilonn"], 'composite "epsilonn" is unknown', "presets"),
@@ -594,10 +601,11 @@ def test_errors_are_one_line_and_a_hint(arguments, message, hint, folder):
 
 def test_a_relevance_model_is_not_compiled_again(folder):
     done("compile", SHAPES[0], "-o", "relevance.onnx")
-    for command in (["compile", "relevance.onnx", "-o", "again.onnx"], ["explain", "relevance.onnx", SHAPES[1]]):
-        result = run(*command)
+    commands = (["compile", "-o", "again.onnx"], ["explain", SHAPES[1]], ["verify", SHAPES[1]], ["bench"], ["inspect"])
+    for command, *arguments in commands:
+        result = run(command, "relevance.onnx", *arguments)
         assert result.exit_code == 1
-        assert re.match("error: this is a relevance model already.*\nhint: name the model", result.stderr)
+        assert re.match("error: 'relevance.onnx' is a relevance model already.*\nhint: name the model", result.stderr)
     assert not (folder / "again.onnx").exists()
 
 

@@ -249,7 +249,25 @@ def test_conditions_are_read(text, expected):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "a", "=3", "a=b", "a=3+", "a=3+b", "a=3,", "a=-3", "a@pos=", "a@pos=1:", "a=3*", "+"]
+    "text",
+    [
+        "",
+        "a",
+        "=3",
+        "a=b",
+        "a=3+",
+        "a=3+b",
+        "a=3,",
+        "a=-3",
+        "a@pos=",
+        "a@pos=1:",
+        "a=3*",
+        "+",
+        "y=",
+        "y=b+a=3",
+        "a=3+y=1*2",
+        "y@pos=1:2",
+    ],
 )
 def test_conditions_that_cannot_be_read(text):
     with pytest.raises(QuestionError, match="cannot"):

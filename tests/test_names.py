@@ -152,6 +152,25 @@ def test_ambiguous_and_unknown_names() -> None:
     assert caught.value.hint.startswith("layers: l.0.conv1, ")
 
 
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("66", "layers: 0, 3, fc"),
+        ("f", "layers: 0, 3, fc"),
+        ("FC", "nearest: fc"),
+        ("fcc", "nearest: fc"),
+        ("fc.out", "nearest: fc"),
+    ],
+)
+def test_what_is_near_a_short_name(name: str, hint: str) -> None:
+    names = Names(
+        nodes("Conv a", "Conv b", "Gemm c"), weights={"a": "0.weight", "b": "3.weight", "c": "fc.weight"}, scopes={}
+    )
+    with pytest.raises(QuestionError) as caught:
+        names.resolve(name)
+    assert caught.value.hint == hint
+
+
 def test_globs() -> None:
     names = some()
     assert [names.of(node) for node in names.glob("l.0.conv1*")] == ["l.0.conv1", "l.0.conv1#2"]

@@ -500,7 +500,10 @@ def rank(R: np.ndarray, axis: int, count: int, *, by: str = "relevance") -> list
 
 
 def parse_top_concepts(explainer: Explainer, text: str, default: int = 5) -> tuple[str, int]:
-    """`LAYER` or `LAYER:K` -> (layer, how many); a layer whose own name ends so is taken as it is."""
+    """`LAYER` or `LAYER:K` -> (layer, how many); a layer whose own name ends so is taken as it is.
+
+    Raises QuestionError, also for more than the layer has.
+    """
     names = explainer.facts.names
     try:
         return names.of(names.resolve(text)), default
@@ -511,6 +514,9 @@ def parse_top_concepts(explainer: Explainer, text: str, default: int = 5) -> tup
     node = names.resolve(layer)
     if not count.isdigit() or int(count) < 1:
         raise QuestionError(f"top concepts {text!r}: {count!r} is no number of concepts", hint=f"{layer}:5")
+    most = next((info.channels for info in explainer.layers if info.name == names.of(node)), None)
+    if most is not None and int(count) > most:
+        raise QuestionError(f"top concepts {text!r}: the layer has {most} concepts only", hint=f"{layer}:{most}")
     return names.of(node), int(count)
 
 

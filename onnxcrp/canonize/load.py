@@ -38,6 +38,14 @@ REWRITTEN = (None, "", DOMAIN, "com.microsoft", "ai.onnx.ml")  # domains whose o
 QUANTIZER = re.compile(r"_((de)?quant(ized)?|(Deq|Q)uantizeLinear(_Output)?)$")  # what quantizers append to a name
 AUTOMATIC = re.compile(r"^(\d+|onnx::.*|/.*|_?val_\d+|_v_\d+|[cC]onst.*|.*ReadVariableOp.*|.*FakeQuant.*)$")
 WEIGHTED = {"Conv", "ConvTranspose", "Gemm", "MatMul", "BatchNormalization"}
+EXPECTED, EXPORT = "the path of an .onnx file is expected", "export the model to ONNX"
+FORMATS = {  # how a file begins that is no model -> what it is, and what to do
+    b"\x89PNG": ("a PNG picture", EXPECTED),
+    b"\xff\xd8\xff": ("a JPEG picture", EXPECTED),
+    b"PK\x03\x04": ("a zip archive, as torch, Keras and numpy write", EXPORT),
+    b"\x89HDF": ("an HDF5 file, as Keras writes", EXPORT),
+    b"version https://git-lfs": ("a pointer to a file in Git LFS", "git lfs pull fetches the file"),
+}
 
 
 @dataclass
@@ -56,7 +64,10 @@ class Source:
 
 
 def load(model: str | os.PathLike | onnx.ModelProto) -> Source:
-    """Read a path or ModelProto, which is left as it is; errors: ModelError if it is no model, too old or too new."""
+    """Read a path or ModelProto, which is left as it is.
+
+    Raises ModelError for what is no model, too old, too new, or a relevance model.
+    """
     if isinstance(model, onnx.ModelProto):
         proto, folder, sha256 = model, None, hash_model(model)
     else:
@@ -64,6 +75,11 @@ def load(model: str | os.PathLike | onnx.ModelProto) -> Source:
         proto = _read(path)
         folder = path.parent
         sha256 = hash_files([path, *_external_files(proto, folder)]).hexdigest()
+    if "onnxcrp.map" in metadata(proto):
+        name = "this" if isinstance(model, onnx.ModelProto) else repr(os.fspath(model))
+        raise ModelError(
+            f"{name} is a relevance model already, compiled by onnxcrp", hint="name the model that it was compiled from"
+        )
     opset = _source_opset(proto)
     report = PassReport("load")
     skeleton, arrays = _split(proto, opset, folder, report)
@@ -106,11 +122,13 @@ def load(model: str | os.PathLike | onnx.ModelProto) -> Source:
 def _read(path: Path) -> onnx.ModelProto:
     if not path.is_file():
         found = f"{str(path)!r} is a folder" if path.is_dir() else f"there is no file {str(path)!r}"
-        raise ModelError(found, hint="the path of an .onnx file is expected")
+        raise ModelError(found, hint=EXPECTED)
     try:
         proto = onnx.load_model(path, load_external_data=False)
     except MemoryError:
         raise
+    except OSError as error:
+        raise ModelError(f"{str(path)!r} cannot be read: {error.strerror}", hint=EXPECTED) from error
     except Exception as error:  # protobuf's error class depends on its implementation
         raise _no_model(path, _line(error)) from error
     if not proto.graph.node and not proto.graph.output:
@@ -119,9 +137,16 @@ def _read(path: Path) -> onnx.ModelProto:
 
 
 def _no_model(path: Path, why: str) -> ModelError:
-    """Of a file that onnx cannot read: a picture, a text ... need no reason."""
+    """Of a file that onnx cannot read: by what it looks like, else by `why` where it is called a model."""
+    with path.open("rb") as file:
+        head = file.read(256)
+    looks = next((known for start, known in FORMATS.items() if head.startswith(start)), None)
+    if looks is None and head and all(byte >= 32 or byte in b"\t\n\f\r" for byte in head):
+        looks = ("a text", EXPECTED)  # protobuf holds control characters
+    if looks is not None:
+        return ModelError(f"{str(path)!r} is not an ONNX model but {looks[0]}", hint=looks[1])
     if path.suffix.lower() not in ("", ".onnx"):
-        return ModelError(f"{str(path)!r} is not an ONNX model", hint="the path of an .onnx file is expected")
+        return ModelError(f"{str(path)!r} is not an ONNX model", hint=EXPECTED)
     return ModelError(f"{str(path)!r} is not an ONNX model: {why}", hint="was it exported, and copied, whole?")
 
 

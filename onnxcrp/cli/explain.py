@@ -12,7 +12,7 @@ from onnxcrp.analysis import explanation as study
 from onnxcrp.cli import options
 from onnxcrp.cli.output import columns, heading, in_a_folder, progress, reader_may_leave, write_json, wrote
 from onnxcrp.condition import parse_condition, text
-from onnxcrp.data import PICTURES
+from onnxcrp.data import PICTURES, places
 from onnxcrp.errors import InputError, OnnxcrpError
 from onnxcrp.picture import COLORMAPS, colormap, save, writable
 
@@ -133,6 +133,7 @@ def command(
         "conditions": [parse_condition(written) for written in conditions],
         "starts": [parse_condition(written) for written in starts],
     }
+    places(inputs)  # raises for one that is not there, before the model is compiled
     explainer, preprocessing = study.open_model(
         model,
         composite,

@@ -279,8 +279,8 @@ def styles(command: F) -> F:
         "styles",
         multiple=True,
         type=click.Choice(["full", "crop", "heatmap", "masked"]),
-        help="Reference samples whole; cropped to what the strongest neuron sees; the concept's heatmap; dark where"
-        " that is weak. Repeatable.",
+        help="Reference samples whole; cropped to what the strongest neuron sees; the concept's heatmap; dark (of"
+        " signals pale) where that is weak. Repeatable.",
     )(command)
 
 
