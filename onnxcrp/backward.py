@@ -265,9 +265,9 @@ class _Writer:
         facts = self.facts
         position = {name: facts.order[facts.producer[name].name] for name in {*conditions, *record, *start}}
         self.conditioned = sorted(set(conditions), key=position.__getitem__)
-        self.op.many = bool(conditions)
         self.recorded = sorted(set(record), key=position.__getitem__)
         self.started = sorted(set(start), key=position.__getitem__)
+        self.op.many = bool(conditions)  # on one sample, as a rule; where each has its own, that costs a little memory
         self._name_interface()
         tops = self._seed()
         wanted = [*facts.inputs, *self.recorded, *self.conditioned]
@@ -409,6 +409,7 @@ class _Writer:
             R = self.op.sum(self.messages[name])
             if name in self.recorded:
                 self.relevance[name] = R
+                R.addends = None  # it is written as a sum, so nothing is saved by writing its terms once more
             if name in self.mask_of:
                 mask = self._add_input(self.mask_of[name], self._seen(name), default=1.0)
                 R = R * self._inward(name, mask)

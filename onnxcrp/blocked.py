@@ -3,7 +3,8 @@
 onnxruntime computes convolutions on channels in blocks of 8 or 16 (NCHWc) and writes ReorderInput and ReorderOutput
 around all it does not compute so itself: in a relevance model around every product of a message with a factor, a tenth
 of the time. Products, quotients, sums and comparisons of tensors of one shape do not care in which order entries lie,
-so here they take the blocked tensors, and the reorders between them go. Every number stays the same, bit for bit.
+so here they take the blocked tensors, and the reorders between them go. Every number stays the same, bit for bit, but
+for sums that convolutions take over (below).
 
 What may be taken blocked: tensors [N, C, H, W] of known C, H, W, C a multiple of 16 (no block is padded), that agree in
 C, H and W; N may be 1 in some of them. Numbers are broadcast as ever, tensors [1, 1, H, W] after they were expanded.
@@ -183,9 +184,9 @@ def _by_channels(node: onnx.NodeProto, constants: Mapping[str, onnx.TensorProto]
 def _batches(
     graph: onnx.GraphProto, tensors: Mapping[str, Described], constants: Mapping[str, onnx.TensorProto]
 ) -> dict[str, frozenset[str]]:
-    """Name of a tensor [N, C, H, W] -> those whose largest N is its own, none where N is 1.
+    """Name of a tensor [N, C, H, W] -> the tensors that, broadcast together, have its N; none where N is 1.
 
-    What follows from the same has the same N. Inputs that call their first size the same count as the first of them,
+    Tensors of the same ones have the same N. Inputs that call their first size the same count as the first of them,
     and what is not known to follow from others follows from itself.
     """
     found = {
@@ -200,15 +201,14 @@ def _batches(
             name = first.setdefault(sizes[0].dim_param, port.name) if sizes[0].dim_param else port.name
             found[port.name] = frozenset([name] if sizes[0].dim_value != 1 else [])
     for node in graph.node:
+        read: list[str] | None = None  # whose N is known to make the node's
         if node.op_type in BY_SAMPLE or _scales(node, constants)[:1] == [1] or _by_channels(node, constants):
             read = [node.input[0], *(node.input[3:] if node.op_type == "Conv" else [])]
         elif node.op_type in ELEMENTWISE:
             read = [name for name in node.input if name and not (name in constants and _is_one(constants[name]))]
-        else:
-            read = [""]
-        follows = node.domain in ("", NCHWC, CONTRIB) and all(name in found for name in read)
-        for name in node.output:
-            if follows:
+        known = node.domain in ("", NCHWC, CONTRIB) and read is not None and all(name in found for name in read)
+        for name in filter(None, node.output):
+            if known and read is not None:
                 found[name] = frozenset().union(*(found[each] for each in read))
             elif node.domain == NCHWC or (name in tensors and len(tensors[name].sizes) == 4):
                 found[name] = frozenset([name])
@@ -240,7 +240,8 @@ class _Rewriter:
         self.expanded: dict[tuple[str, int], str] = {}  # (tensor [1, 1, H, W], C) -> [1, C, H, W]
         self.stands_for: dict[str, str] = {}  # output of a ReorderInput that went -> the blocked tensor that was there
         self.batches = _batches(graph, tensors, self.stored)
-        self.shapes: dict[str, list[str | int | None]] = {}  # of tensors that may be overwritten
+        self.shapes: dict[str, list[str | int | None]] = {}  # of what a sum overwrites and of the sum
+        self.symbols: dict[frozenset[str], str] = {}  # of N, for each set in `batches`
         self.nodes: list[onnx.NodeProto] = []
 
     def rewrite(self) -> int:
@@ -307,7 +308,8 @@ class _Rewriter:
     def _added_up(self, node: onnx.NodeProto, sizes: Sequence[int | None]) -> bool:
         """Write the sum of a convolution that nothing else reads and a tensor of its shape as that convolution.
 
-        It overwrites that tensor, if nothing reads it later and the runtime can see that it is of one shape.
+        The convolution comes last then, after the tensor, which nothing may read later: it is overwritten, as both are
+        declared to be of one shape.
         """
         if node.op_type != "Add" or not all(self._agrees(name, sizes) for name in node.input):
             return False
@@ -320,7 +322,8 @@ class _Rewriter:
                 continue
             added, summed = self._as_blocked(message, sizes), convolution.output[0]
             convolution.input.extend([""] * (3 - len(convolution.input)) + [added])
-            self.shapes[added] = self.shapes[summed] = ["|".join(sorted(batch)) or 1, *sizes]
+            n = self.symbols.setdefault(batch, f"{OURS}N{len(self.symbols)}") if batch else 1
+            self.shapes[added] = self.shapes[summed] = [n, *sizes]
             self.nodes.remove(convolution)
             self.nodes.append(convolution)
             self.only_blocked.remove(name)
@@ -329,7 +332,7 @@ class _Rewriter:
         return False
 
     def _convolution(self, name: str) -> onnx.NodeProto | None:
-        """The blocked convolution that makes a tensor for one reader, if one does and adds nothing up yet."""
+        """The blocked convolution that makes a tensor for one reader alone, if it adds nothing to it yet."""
         if name not in self.only_blocked or len(self.readers[name]) > 1:
             return None
         form = self.blocked[name]
@@ -343,7 +346,7 @@ class _Rewriter:
         if node.domain or node.op_type not in ("Split", "Slice") or not _by_channels(node, self.constants):
             return False
         source, targets = node.input[0], list(node.output)
-        first = onnx.numpy_helper.to_array(self.constants[node.input[1]]) if node.op_type == "Slice" else 0
+        first = onnx.numpy_helper.to_array(self.constants[node.input[1]]).item() if node.op_type == "Slice" else 0
         if source not in self.only_blocked or not all(map(self._fits, targets)) or first % CHANNEL_BLOCK:
             return False
         if not any(self._takes_blocked(reader) for name in targets for reader in self.readers[name]):

@@ -115,7 +115,7 @@ class Value:
         self.array = array
         self.message = message
         self.product = product
-        self.addends: tuple[Value, Value] | None = None  # of a sum of products
+        self.addends: tuple[Value, Value] | None = None  # of a sum of products, or of such sums
         self._scope = list(graph._scope) if product else []
         self.nonnegative = nonnegative or (array is not None and array.dtype.kind in "fiu" and bool((array >= 0).all()))
         self._nonpositive = False
@@ -289,7 +289,7 @@ class Graph:
         self.opset = opset
         self.flip_convolutions = flip_convolutions  # stride-1 transposes as convolutions: twice as fast on CPU
         self.store_weights = store_weights  # W+, flipped kernels ... as constants, not as nodes that a runtime folds
-        self.many = False  # questions for a sample: is a pass over them dearer than one over what they share?
+        self.many = False  # questions on one sample: passes over what they share save passes over messages
         self.dtype = np.dtype(dtype)
         self.nodes: list[gs.Node] = list(nodes)
         self.zero = Value(self, None, nonnegative=True)

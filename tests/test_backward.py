@@ -790,3 +790,20 @@ def test_what_a_gpu_refuses_is_not_written(path) -> None:
     for node in found:
         pads = next(attribute.ints for attribute in node.attribute if attribute.name == "pads")
         assert pads[: len(pads) // 2] == pads[len(pads) // 2 :]
+
+
+def test_what_is_recorded_is_divided_as_a_sum():
+    """(a x + b y) / z is (a / z) x + (b / z) y where there are conditions, but not beside a x + b y."""
+    text = """<ir_version: 8, opset_import: ["" : 18]> net (float[N, 3, 6, 6] x) => (float[N, 2] y) {
+        a = Conv (x, A)  b = Conv (a, B)  c = Conv (b, C)  d = GlobalAveragePool(c)  y = Flatten(d) }"""
+    model = onnx.parser.parse_model(text)
+    rng = np.random.default_rng(0)
+    for name, shape in {"A": (4, 3, 3, 3), "B": (4, 4, 1, 1), "C": (2, 4, 1, 1)}.items():
+        array = rng.standard_normal(shape).astype(np.float32)
+        model.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+
+    def products(**asked) -> int:
+        written = compile_model(model, "alpha1_beta0", **asked)
+        return sum(node.op_type == "Mul" and node.name.startswith("R/") for node in written.graph.node)
+
+    assert products(conditions=["c"], record=["a", "b"]) == products(conditions=["c"])

@@ -160,6 +160,7 @@ def test_reorders_between_convolutions_go(tmp_path):
     ],
 )
 def test_what_is_taken_blocked(body, taken, tmp_path, monkeypatch):
+    """Equal bit for bit; nodes counted."""
     counted = []
     leave_sums(monkeypatch)
     monkeypatch.setattr(blocked, "stay_blocked", lambda *args: counted.append(stay_blocked(*args)))
@@ -193,6 +194,46 @@ def test_sums_that_convolutions_take_over(body, sums, tmp_path):
     """Equal to the last bits, whatever shapes are fed."""
     found = [node for node in compare(body, tmp_path, rtol=1e-5).node if node.op_type == "Conv" and len(node.input) > 3]
     assert len(found) == sums
+
+
+@pytest.mark.parametrize(
+    ("text", "shapes"),
+    [
+        (  # what is not known to follow from others does not follow from a tensor without a name
+            """(float[n, 16, 4, 8] x) => (float[a, b, c, d] p) {
+            v, none = MaxPool <kernel_shape = [1, 1]> (x)  t = ReduceMax(v, zero)  y = Conv(v, W)  m = Mul(t, plane)
+            o = Add(y, m)  r = Abs(o)  p = Conv(r, W) }""",
+            {"x": (2, 16, 4, 8)},
+        ),
+        (  # `x` is an input, and what another one calls its number of samples
+            """(float[n, 16, 4, 8] x, float[x, 16, 4, 8] right) => (float[n, 16, 4, 8] p, float[a, 16, 4, 8] q) {
+            y = Conv(x, W)  m = Mul(y, plane)  z = Conv(x, V)  o = Add(z, m)  k = Mul(right, y)  q = Sigmoid(k)
+            p = Mul(o, o) }""",
+            {"x": (1, 16, 4, 8), "right": (2, 16, 4, 8)},
+        ),
+        (
+            """(float[n, 16, 4, 8] x, float[x, 16, 4, 8] right) => (float[n, 16, 4, 8] p, float[a, 16, 4, 8] q) {
+            y = Conv(x, W)  m = Mul(y, plane)  z = Conv(x, V)  o = Add(z, m)  k = Mul(right, y)  q = Sigmoid(k)
+            p = Mul(o, o) }""",
+            {"x": (2, 16, 4, 8), "right": (1, 16, 4, 8)},
+        ),
+    ],
+    ids=["no name", "one sample", "two samples"],
+)
+def test_names_that_mean_something_else(text, shapes):
+    model = onnx.parser.parse_model(f"{HEADER} net {text}")
+    for node in model.graph.node:
+        for at, name in enumerate(node.output):
+            node.output[at] = "" if name == "none" else name
+    rng = np.random.default_rng(1)
+    for name, shape in {"W": (16, 16, 1, 1), "V": (16, 16, 1, 1), "plane": (1, 1, 4, 8)}.items():
+        array = rng.standard_normal(shape).astype(np.float32)
+        model.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([0]), "zero"))
+    feeds = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    found, expected = (make(model, "cpu").run(feeds) for make in (start, Session))
+    for name, array in expected.items():
+        np.testing.assert_allclose(found[name], array, rtol=0, atol=1e-5 * np.abs(array).max())
 
 
 def compare(body, folder, *, rtol=0.0):
