@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 Shape = tuple[int | str | None, ...]
 SIZE = "onnxcrp.bytes_of_weights"  # in the metadata of what is run here
 CACHE = 20 << 20  # bytes: messages of so many questions stay in a processor's cache
+LEAST = 4  # questions at a time
 ABOVE = 8  # a run costs at most an eighth more for the way from the target to the first mask, which its questions share
 FEW = 300  # multiplications for each number that layers make: fewer, and passes over messages take as long
 
@@ -112,7 +113,7 @@ class RelevanceModels:
         self._layers: dict[str, Layer] = {}  # by the names they were asked for
         self._sizes: dict[tuple[tuple[int, ...], ...], dict[str, int]] = {}
         self._of_question: dict[tuple[Plan, tuple[tuple[int, ...], ...]], tuple[int, int]] = {}
-        self._at_once: dict[tuple[Plan, tuple[tuple[int, ...], ...]], int] = {}
+        self._paces: dict[tuple[Plan, tuple[tuple[int, ...], ...]], tuple[int, bool]] = {}
 
     def with_sessions(self, **options: Any) -> RelevanceModels:
         """The same relevance models in sessions of their own, with other options."""
@@ -403,15 +404,7 @@ class RelevanceModels:
 
         As many as stay in its cache, but enough that the way from the target to the first mask is soon paid for.
         """
-        key = (plan, _shapes(feeds))
-        if key not in self._at_once:
-            largest, _ = self.numbers_of_question(plan, feeds)
-            costs, facts = self._multiplications(feeds), self.facts
-            masked = [self.layer(name).tensor for name in (*plan.conditions, *plan.start)] or [facts.explained]
-            begin = masked if plan.start else [facts.explained]
-            whole, below = (sum(costs.get(name, 0) for name in facts.between(of, None)) for of in (begin, masked))
-            self._at_once[key] = max(4, CACHE // max(1, 4 * largest), ABOVE * (whole - below) // max(1, below))
-        return self._at_once[key]
+        return self._pace(plan, feeds)[0]
 
     def pays_in_stages(self, plan: Plan, feeds: Mapping[str, np.ndarray], count: int) -> bool:
         """Whether so many questions for a sample are answered faster `at_once` after `at_once` on one forward pass.
@@ -419,11 +412,24 @@ class RelevanceModels:
         On the CPU, where these stay in the cache, and layers multiply so little for each number they make that passes
         over messages take as long. A model that is kept on disk is kept whole.
         """
-        if self.on_device or self._cache is not None or self.fixed is not None or not self.facts.shares_forward:
+        if count <= LEAST or self.on_device or self._cache is not None or self.fixed is not None:
             return False
-        costs, sizes, some = self._multiplications(feeds), self.elements(feeds), self.at_once(plan, feeds)
-        light = sum(costs.values()) < FEW * sum(sizes.get(name, 0) for name in costs)
-        return light and count > some and 4 * some * self.numbers_of_question(plan, feeds)[0] <= 2 * CACHE
+        some, pays = self._pace(plan, feeds)
+        return pays and count > some and self.facts.shares_forward
+
+    def _pace(self, plan: Plan, feeds: Mapping[str, np.ndarray]) -> tuple[int, bool]:
+        """(`at_once`, whether so many of a model like this are faster than all), by shapes alone."""
+        key = (plan, _shapes(feeds))
+        if key not in self._paces:
+            largest, _ = self.numbers_of_question(plan, feeds)
+            costs, sizes, facts = self._multiplications(feeds), self.elements(feeds), self.facts
+            masked = [self.layer(name).tensor for name in (*plan.conditions, *plan.start)] or [facts.explained]
+            begin = masked if plan.start else [facts.explained]
+            whole, below = (sum(costs.get(name, 0) for name in facts.between(of, None)) for of in (begin, masked))
+            some = max(LEAST, CACHE // max(1, 4 * largest), ABOVE * (whole - below) // max(1, below))
+            light = sum(costs.values()) < FEW * sum(sizes.get(name, 0) for name in costs)
+            self._paces[key] = (some, light and 4 * some * largest <= 2 * CACHE)
+        return self._paces[key]
 
     def _multiplications(self, feeds: Mapping[str, np.ndarray]) -> dict[str, int]:
         """Of every layer with weights, by its output, for one sample of these shapes."""

@@ -332,7 +332,7 @@ def test_when_stages_pay(few_at_a_time, tmp_path, monkeypatch):
     assert not models.pays_in_stages(plan, feeds, 4)
     assert not Explainer(path, cache=tmp_path)._models.pays_in_stages(plan, feeds, 5)
     monkeypatch.setattr(relevance, "FEW", 1)
-    assert not models.pays_in_stages(plan, feeds, 5)
+    assert not Explainer(path)._models.pays_in_stages(plan, feeds, 5)
     monkeypatch.setattr(relevance, "FEW", 10**9)
     monkeypatch.setattr(relevance, "ABOVE", 8)
     models = Explainer(path)._models
